@@ -1,0 +1,69 @@
+"""What a measurement was taken on: device, driver, versions, clocks, commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as a person would say it: `NVIDIA H200`, or the processor's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Facts that a reader needs to judge or repeat a measurement, as plain strings."""
+    facts = {
+        "device": device_name(device),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cupy": next((v for v in map(_version, ("cupy-cuda13x", "cupy-cuda12x")) if v != "absent"), "absent"),
+        "timm": _version("timm"),
+        "natten": _version("natten"),
+        "threads": str(torch.get_num_threads()),
+    }
+    if device.type == "cuda":
+        query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
+        facts |= {
+            "nvidia-smi " + query: _output(
+                "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"
+            )
+        }
+        facts |= {"cuda": str(torch.version.cuda)}
+    return facts
+
+
+def results_folder(device: torch.device) -> Path:
+    """`results/<device>`, with a name that any file system takes."""
+    slug = "".join(c if c.isalnum() else "-" for c in device_name(device).lower()).strip("-")
+    while "--" in slug:
+        slug = slug.replace("--", "-")
+    return ROOT / "results" / slug

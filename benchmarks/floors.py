@@ -1,0 +1,88 @@
+"""The least time a problem can take on a device: bytes over memory bandwidth, or operations over the matrix rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kernels.problem import Axis, Problem
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device can do: bytes/s of a large copy (read and written), and FLOP/s by dtype of a large matrix product."""
+
+    bytes_per_second: float
+    flops_per_second: dict[torch.dtype, float]
+
+
+# H200: copy and bf16 product measured; float32 is the datasheet's FFMA rate (exact float32, no TF32).
+CEILINGS = {
+    "NVIDIA H200": Ceilings(4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12, torch.float32: 60e12}),
+}
+
+
+def pairs(axis: Axis) -> int:
+    """(query, key) pairs along one axis, all dilation groups together."""
+    total = 0
+    for group in range(min(axis.dilation, axis.length)):
+        length = axis.group_length(group)
+        if not axis.causal:
+            total += length * axis.window
+            continue
+        for position in range(length):
+            start, end = axis.window_at(position, length)
+            total += end - start
+    return total
+
+
+def forward_flops(problem: Problem) -> float:
+    """Useful operations of a forward pass: two products per visible (query, key) pair. A backward pass has five: 2.5 times this."""
+    visible = math.prod(pairs(axis) for axis in problem.axes) + problem.tokens * problem.additional
+    return 2.0 * problem.batch * problem.heads * visible * (problem.head_dim + problem.value_dim)
+
+
+def forward_bytes(problem: Problem) -> float:
+    """Bytes of query, key, value read once and output written once. A backward pass moves twice as many, and lse."""
+    query = problem.heads * (problem.head_dim + problem.value_dim)
+    key = problem.key_heads * (problem.head_dim + problem.value_dim)
+    return float(problem.batch * problem.tokens * (query + key) * problem.dtype.itemsize)
+
+
+def floor_seconds(problem: Problem, ceilings: Ceilings, direction: str) -> float:
+    """The larger of the memory floor and the arithmetic floor; `direction` is forward, backward or both.
+
+    Raises:
+        ValueError: another direction.
+    """
+    if direction not in ("forward", "backward", "both"):
+        raise ValueError(f"direction={direction!r}: must be forward, backward or both")
+    moved, computed = forward_bytes(problem), forward_flops(problem)
+    bytes_factor = {"forward": 1.0, "backward": 2.0, "both": 3.0}[direction]
+    flops_factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
+    rate = ceilings.flops_per_second[problem.dtype]
+    return max(bytes_factor * moved / ceilings.bytes_per_second, flops_factor * computed / rate)
+
+
+def tiles_along(axis: Axis, query_tile: int, key_tile: int) -> tuple[int, int]:
+    """Query tiles along `axis`, and the key tiles that all of them visit together when each starts at its own union of windows."""
+    queries = keys = 0
+    for group in range(axis.dilation):
+        length = axis.group_length(group)
+        for first in range(0, length, query_tile):
+            last = min(first + query_tile, length) - 1
+            start = axis.window_at(first, length)[0]
+            end = max(axis.window_at(position, length)[1] for position in range(first, last + 1))
+            queries += 1
+            keys += -(-(end - start) // key_tile)
+    return queries, keys
+
+
+def tile_waste(problem: Problem, query_tile: tuple[int, ...], key_tile: tuple[int, ...]) -> float:
+    """(query, key) pairs that tiles of these boxes multiply, per useful pair."""
+    visited = 1
+    for axis, query, key in zip(problem.axes, query_tile, key_tile, strict=True):
+        visited *= tiles_along(axis, query, key)[1] * query * key
+    return visited / math.prod(pairs(axis) for axis in problem.axes)

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Times neighborhood-attention kernels and their peers on one problem, a named suite, or several suites.
+
+    python scripts/benchmark_kernels.py --suite floors --direction forward backward
+    python scripts/benchmark_kernels.py --space 56 56 --window 7 7 --batch 128 --heads 2 --head-dim 32 --rpb
+
+Every answer is checked before it is timed. Results are JSON lines under results/<device>/, and an interrupted sweep goes on where it
+stopped; `--fresh` starts again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import summary, sweep
+from benchmarks.cases import DTYPES, SUITES, Case, suite
+from benchmarks.device import results_folder
+from benchmarks.methods import METHODS
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), default=[], help="named suites of problems")
+    parser.add_argument("--quick", action="store_true", help="a selection of each suite that takes minutes")
+    parser.add_argument(
+        "--methods", nargs="+", choices=sorted(METHODS), help="backends and peers (default: all that this device has)"
+    )
+    parser.add_argument("--direction", nargs="+", choices=("forward", "backward", "both"), default=["forward"])
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="replace the suites' own dtypes")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=0.1, help="how long each method is timed on each problem")
+    parser.add_argument("--minutes", type=float, help="begin no new problem after so long")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: results/<device>)")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results of the same suites")
+    problem = parser.add_argument_group("one problem")
+    problem.add_argument("--space", type=int, nargs="+", help="tokens per axis, one to three")
+    problem.add_argument("--window", type=int, nargs="+")
+    problem.add_argument("--dilation", type=int, nargs="+", default=[])
+    problem.add_argument("--stride", type=int, nargs="+", default=[])
+    problem.add_argument("--causal", type=int, nargs="+", choices=(0, 1), default=[])
+    problem.add_argument("--batch", type=int, default=1)
+    problem.add_argument("--heads", type=int, default=1)
+    problem.add_argument("--head-dim", type=int, default=32)
+    problem.add_argument("--rpb", action="store_true")
+    parsed = parser.parse_args()
+    if bool(parsed.suite) == bool(parsed.space):
+        parser.error("say either --suite NAME or one problem by --space and --window")
+    if parsed.space and (not parsed.window or len(parsed.window) != len(parsed.space)):
+        parser.error(f"--window {parsed.window}: needs one number for each of the {len(parsed.space)} axes of --space")
+    return parsed
+
+
+def chosen_cases(options: argparse.Namespace) -> dict[str, list[Case]]:
+    if options.space:
+        case = Case(
+            "one problem", options.batch, tuple(options.space), options.heads, options.head_dim, tuple(options.window),
+            tuple(options.dilation), tuple(options.stride), tuple(map(bool, options.causal)), rpb=options.rpb,
+        )  # fmt: skip
+        return {"one": [case]}
+    return {name: suite(name, options.quick) for name in options.suite}
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    console = Console()
+    methods = options.methods or (
+        ["fused", "gemm", "naive", "flex", "dense", "natten"] if device.type == "cuda" else ["tiled", "dense"]
+    )
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
+    folder = options.output or results_folder(device)
+    for name, cases in chosen_cases(options).items():
+        if options.dtype:
+            cases = [case.replace(dtype=dtype) for dtype in options.dtype for case in cases]
+        path = folder / f"kernels-{name}.jsonl"
+        if options.fresh or name == "one":
+            path.unlink(missing_ok=True)
+        sweep.run(name, cases, methods, device, options.direction, path, options.seconds, deadline)
+        frame, _ = summary.load([path])
+        if frame.empty:
+            continue
+        for direction in options.direction:
+            show(console, f"{name}, {direction}, microseconds", summary.case_table(frame, direction))
+        for over in ("naive", "gemm", "dense", "flex"):
+            gains = summary.improvements(frame, over)
+            if len(gains):
+                show(console, f"{name}: improvement over {over}, %", gains)
+        problems = frame[~frame["status"].isin(["ok"]) & ~frame["status"].str.startswith("unsupported")]
+        for record in problems.drop_duplicates(["key", "method"]).to_dict("records"):
+            console.print(f"[yellow]{record['name']}: {record['method']}: {record['status']}")
+        console.print(f"results: {path}")
+
+
+def show(console: Console, title: str, frame: object) -> None:
+    import pandas as pd
+
+    assert isinstance(frame, pd.DataFrame)
+    table = Table(title=title)
+    for column in frame.columns:
+        table.add_column(str(column), justify="left" if frame[column].dtype == object else "right")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(summary.format_number(value) for value in row))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
