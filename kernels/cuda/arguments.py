@@ -1,0 +1,153 @@
+"""Argument structs of the kernels, packed as a C++ compiler lays them out.
+
+A kernel takes one struct by value. `Struct` names its fields in the order of the C++ declaration; offsets follow from natural
+alignment, and a test compares every registered struct with `offsetof` and `sizeof`. Packing is done once per problem and set
+of strides; a call only writes the pointers over a copy of those bytes:
+
+    FLASH_FORWARD = Struct("FlashForwardArguments", geometry=GEOMETRY, query=TENSOR, ..., lse=TENSOR, rpb=POINTER)
+    packed = FLASH_FORWARD.pack(geometry=pack_geometry(problem), query=pack_tensor(query.stride(), problem.rank), ...)
+    set_pointers = FLASH_FORWARD.pointers("query.data", "key.data", ..., "rpb")
+    kernel.launch(grid, shared_bytes, set_pointers(packed, query.data_ptr(), key.data_ptr(), ..., 0))
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+from kernels.problem import MAX_RANK, Axis, Problem
+
+
+class Field:
+    """A field's type: a plain C++ type, or an array of `count` of them."""
+
+    def __init__(self, cxx: str, code: str, count: int = 1) -> None:
+        self.cxx = cxx
+        self.count = count
+        self._packer = struct.Struct(f"<{count}{code}")
+        self.size = self._packer.size
+        self.alignment = self.size // count
+
+    def array(self, count: int) -> Field:
+        return Field(self.cxx, self._packer.format[-1], count)
+
+    def pack_into(self, buffer: bytearray, offset: int, value: object) -> None:
+        values = (value,) if self.count == 1 else tuple(value)  # type: ignore[arg-type]
+        self._packer.pack_into(buffer, offset, *values)
+
+
+POINTER = Field("void*", "Q")
+INT64 = Field("long long", "q")
+INT = Field("int", "i")
+UINT = Field("unsigned int", "I")
+FLOAT = Field("float", "f")
+
+
+class Struct:
+    """A C++ struct in namespace fastna: its fields in order, with the offsets that a compiler gives them."""
+
+    registered: dict[str, Struct] = {}  # noqa: RUF012  (by C++ name; a test compares all of them with a compiler's layout)
+
+    def __init__(self, name: str, header: str = "fastna/arguments.cuh", **fields: Field | Struct | tuple[Struct, int]) -> None:
+        self.name = name
+        self.header = header
+        self.offsets: dict[str, int] = {}
+        self._fields: dict[str, tuple[Field | Struct, int, int]] = {}
+        end, self.alignment = 0, 1
+        for field_name, declared in fields.items():
+            kind, count = declared if isinstance(declared, tuple) else (declared, 1)
+            offset = _align(end, kind.alignment)
+            self._fields[field_name] = (kind, count, offset)
+            self.offsets[field_name] = offset
+            if isinstance(kind, Struct):
+                for index in range(count):
+                    prefix = field_name if count == 1 else f"{field_name}[{index}]"
+                    base = offset + index * kind.size
+                    self.offsets |= {f"{prefix}.{inner}": base + at for inner, at in kind.offsets.items()}
+            end = offset + count * kind.size
+            self.alignment = max(self.alignment, kind.alignment)
+        self.size = _align(end, self.alignment)
+        self.registered[name] = self
+
+    def pack(self, **values: object) -> bytes:
+        """The struct's bytes. Nested structs are given packed (an array of them: a sequence); pointers default to null.
+
+        Raises KeyError for an unknown field, TypeError for one that is missing.
+        """
+        if unknown := values.keys() - self._fields.keys():
+            raise KeyError(f"{self.name} has no field {sorted(unknown)}; it has {list(self._fields)}")
+        buffer = bytearray(self.size)
+        for name, (kind, count, offset) in self._fields.items():
+            if name not in values:
+                if kind is not POINTER:
+                    raise TypeError(f"{self.name}.{name} needs a value")
+            elif isinstance(kind, Struct):
+                parts = values[name] if count > 1 else (values[name],)
+                if len(parts) != count or any(len(part) != kind.size for part in parts):  # type: ignore[arg-type]
+                    raise TypeError(f"{self.name}.{name} takes {count} packed {kind.name} of {kind.size} bytes each")
+                for index, part in enumerate(parts):  # type: ignore[arg-type,var-annotated]
+                    buffer[offset + index * kind.size : offset + (index + 1) * kind.size] = part
+            else:
+                kind.pack_into(buffer, offset, values[name])
+        return bytes(buffer)
+
+    def pointers(self, *names: str) -> Callable[..., bytes]:
+        """A function `(packed, *addresses) -> bytes` that writes the addresses of the named pointer fields into a copy.
+
+        A name may be dotted: `"query.data"`. This is all that a call does to its arguments.
+        """
+        offsets = [self.offsets[name] for name in names]
+        write = struct.Struct("<Q").pack_into
+
+        def set_pointers(packed: bytes, *addresses: int) -> bytes:
+            buffer = bytearray(packed)
+            for offset, address in zip(offsets, addresses, strict=True):
+                write(buffer, offset, address)
+            return bytes(buffer)
+
+        return set_pointers
+
+
+def _align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+AXIS = Struct("AxisArguments", length=INT, window=INT, dilation=INT, stride=INT, causal=INT)
+TENSOR = Struct("TensorArguments", data=POINTER, batch=INT64, axis=INT64.array(MAX_RANK), head=INT64)
+GEOMETRY = Struct(
+    "Geometry", axis=(AXIS, MAX_RANK), batch=INT, heads=INT, key_heads=INT, additional=INT, scale=FLOAT
+)
+
+PADDING_AXIS = Axis(length=1, window=1)
+
+
+def padded_axes(problem: Problem) -> tuple[Axis, ...]:
+    """The problem's axes behind leading axes of length 1, three in all: what every kernel sees."""
+    return (PADDING_AXIS,) * (MAX_RANK - problem.rank) + problem.axes
+
+
+def pack_axis(axis: Axis) -> bytes:
+    return AXIS.pack(
+        length=axis.length, window=axis.window, dilation=axis.dilation, stride=axis.stride, causal=int(axis.causal)
+    )
+
+
+def pack_geometry(problem: Problem) -> bytes:
+    return GEOMETRY.pack(
+        axis=[pack_axis(axis) for axis in padded_axes(problem)],
+        batch=problem.batch,
+        heads=problem.heads,
+        key_heads=problem.key_heads,
+        additional=problem.additional,
+        scale=problem.scale,
+    )
+
+
+def pack_tensor(strides: Sequence[int], rank: int) -> bytes:
+    """TensorArguments of a tensor `[batch, *space, heads, ...]` with `rank` axes of space, its pointer null.
+
+    `strides` are the tensor's, in elements; one for the channels may follow and is not looked at. lse has none; additional
+    keys `[batch, additional, key_heads, head_dim]` are a tensor of rank 1.
+    """
+    batch, *space, head = strides[: rank + 2]
+    return TENSOR.pack(batch=batch, axis=(0,) * (MAX_RANK - rank) + tuple(space), head=head)
