@@ -1,7 +1,7 @@
 """The problems that are measured: one frozen `Case` each, and the suites they come in.
 
-Sizes are those of the paper (arXiv 2403.04690, section 5) and of the models that use neighborhood attention. The paper's own lists of
-problems were never published; the `paper-*` suites are seeded samples over the same parameters.
+Sizes are those of the paper (arXiv 2403.04690, section 5) and of the models that use neighborhood attention. The
+paper's own lists of problems were never published; the `paper-*` suites are seeded samples over the same parameters.
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class Case:
     @property
     def key(self) -> str:
         """What identifies the case in a results file, whatever its name."""
-        axes = "x".join(map(str, self.space)), "x".join(map(str, self.window)), "x".join(map(str, self.dilation))
-        rest = "x".join(map(str, self.stride)), "".join("c" if c else "-" for c in self.causal)
-        return "/".join(
-            (f"b{self.batch}h{self.heads}d{self.head_dim}", *axes, *rest, self.dtype, "rpb" if self.rpb else "-")
-        )
+        axes = ["x".join(map(str, values)) for values in (self.space, self.window, self.dilation, self.stride)]
+        causal = "".join("c" if axis else "-" for axis in self.causal)
+        sizes = f"b{self.batch}h{self.heads}d{self.head_dim}"
+        return "/".join((sizes, *axes, causal, self.dtype, "rpb" if self.rpb else "-"))
 
     def problem(self, device: torch.device) -> Problem:
         axes = zip(self.space, self.window, self.dilation, self.stride, self.causal, strict=True)
@@ -62,7 +61,7 @@ class Case:
 
 
 def _sample(rank: int, count: int, seed: int = 2403_04690) -> list[Case]:
-    """A seeded sample over batch, space, heads, head_dim, window and dilation, of at most 2^26 query elements a problem."""
+    """A seeded sample over batch, space, heads, head_dim, window and dilation, of 2^18 to 2^26 query elements each."""
     generator = random.Random(seed * 10 + rank)
     lengths = {
         1: (64, 128, 197, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32768),
@@ -200,10 +199,10 @@ def _nat(quick: bool) -> list[Case]:
                 continue
             for level in range(4):
                 length = side >> level
-                shape = dict(batch=128, space=(length, length), heads=heads << level, head_dim=32, rpb=True)
                 for dilation in sorted({1, length // 7}):
                     name = f"{width} {image} level {level}: {length}^2 h{heads << level} d{dilation}"
-                    cases.append(Case(name=name, window=(7, 7), dilation=(dilation, dilation), **shape))  # type: ignore[arg-type]
+                    shape = (length, length), heads << level, 32, (7, 7), (dilation, dilation)
+                    cases.append(Case(name, 128, *shape, rpb=True))
     for heads in (12, 24):
         for dilation in (1, 2):
             name = f"isotropic 14^2 h{heads} d{dilation}"

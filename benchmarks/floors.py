@@ -12,7 +12,7 @@ from kernels.problem import Axis, Problem
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device can do: bytes/s of a large copy (read and written), and FLOP/s by dtype of a large matrix product."""
+    """What a device can do: bytes/s of a large copy, read and written, and FLOP/s by dtype of a large product."""
 
     bytes_per_second: float
     flops_per_second: dict[torch.dtype, float]
@@ -39,7 +39,7 @@ def pairs(axis: Axis) -> int:
 
 
 def forward_flops(problem: Problem) -> float:
-    """Useful operations of a forward pass: two products per visible (query, key) pair. A backward pass has five: 2.5 times this."""
+    """Useful operations of a forward pass: two products per visible (query, key) pair. A backward pass has five."""
     visible = math.prod(pairs(axis) for axis in problem.axes) + problem.tokens * problem.additional
     return 2.0 * problem.batch * problem.heads * visible * (problem.head_dim + problem.value_dim)
 
@@ -67,7 +67,7 @@ def floor_seconds(problem: Problem, ceilings: Ceilings, direction: str) -> float
 
 
 def tiles_along(axis: Axis, query_tile: int, key_tile: int) -> tuple[int, int]:
-    """Query tiles along `axis`, and the key tiles that all of them visit together when each starts at its own union of windows."""
+    """Query tiles along `axis`, and the key tiles that they all visit, each starting at its own union of windows."""
     queries = keys = 0
     for group in range(axis.dilation):
         length = axis.group_length(group)

@@ -1,7 +1,8 @@
 """What is timed side by side: this project's backends, and the peers a user would pick instead.
 
-A method turns a case's inputs into two calls: `forward`, and `backward` through an already computed forward. Inputs are heads last, as the
-operator takes them; a peer that wants another layout gets it beforehand, so that its time holds no copy that it could avoid.
+A method turns a case's inputs into two calls: `forward`, and `backward` through an already computed forward. Inputs are
+heads last, as the operator takes them; a peer that wants another layout gets it beforehand, so that its time holds no
+copy that it could avoid.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _dense(case: Case, inputs: Inputs, gradient: bool) -> Prepared:
 
 
 def _tile_order(space: tuple[int, ...], dilation: tuple[int, ...], device: torch.device) -> Tensor:
-    """A permutation of the tokens that puts each dilation group's square tiles next to each other: FlexAttention's best case."""
+    """The tokens, each dilation group's square tiles next to each other: FlexAttention's best case."""
     sides = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}[len(space)]
     grids = torch.meshgrid(*(torch.arange(n, device=device) for n in space), indexing="ij")
     order = torch.zeros(space, dtype=torch.long, device=device)
@@ -115,7 +116,7 @@ def _tile_order(space: tuple[int, ...], dilation: tuple[int, ...], device: torch
 
 
 def _flex(case: Case, inputs: Inputs, gradient: bool) -> Prepared:
-    """FlexAttention, compiled, with the neighborhood mask; tokens already in tile order. No bias, which only helps it."""
+    """FlexAttention, compiled, with the neighborhood mask, tokens in tile order. No bias, which only helps it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device = inputs.query.device
@@ -164,10 +165,8 @@ def _natten(case: Case, inputs: Inputs, gradient: bool) -> Prepared:
         raise Unsupported(f"natten cannot be imported: {error}") from error
     operator = getattr(natten, f"na{len(case.space)}d")
     leaves = [x.detach().contiguous().requires_grad_(gradient) for x in (inputs.query, inputs.key, inputs.value)]
-    return _with_backward(
-        lambda: operator(*leaves, kernel_size=case.window, dilation=case.dilation, stride=case.stride, is_causal=case.causal),
-        leaves, inputs.grad_output, gradient,
-    )  # fmt: skip
+    options = {"kernel_size": case.window, "dilation": case.dilation, "stride": case.stride, "is_causal": case.causal}
+    return _with_backward(lambda: operator(*leaves, **options), leaves, inputs.grad_output, gradient)
 
 
 METHODS: dict[str, Callable[[Case, Inputs, bool], Prepared]] = {

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 
-def load(paths: list[Path]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
-    """Records of one or more JSON-lines files (the newest of each case, method and direction wins) and the facts of their runs.
+def load(
+    paths: list[Path], index: Sequence[str] = ("suite", "key", "method", "direction")
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Records of one or more JSON-lines files (the newest of those alike in `index` wins) and the facts of their runs.
 
     Raises:
         FileNotFoundError: one of the files is not there.
@@ -29,12 +32,12 @@ def load(paths: list[Path]) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
                 records.append(record)
     frame = pd.DataFrame(records)
     if len(frame):
-        frame = frame.drop_duplicates(["suite", "key", "method", "direction"], keep="last").reset_index(drop=True)
+        frame = frame.drop_duplicates(list(index), keep="last").reset_index(drop=True)
     return frame, facts
 
 
 def improvements(frame: pd.DataFrame, over: str) -> pd.DataFrame:
-    """Improvement of each method over `over`, in the paper's form: `old time / new time - 1` in %, average [min, max].
+    """Improvement of each method over `over` in the paper's form: `old time / new time - 1` in %, average [min, max].
 
     One row per suite, dtype, direction and method, with the share of problems won and how many were compared.
     """
@@ -48,14 +51,24 @@ def improvements(frame: pd.DataFrame, over: str) -> pd.DataFrame:
         gain = (wide[over] / wide[method] - 1).dropna() * 100
         for (suite, dtype, direction), values in gain.groupby(level=["suite", "dtype", "direction"]):
             rows.append(
-                {"suite": suite, "dtype": dtype, "direction": direction, "method": method, "over": over, "average": values.mean(),
-                 "min": values.min(), "max": values.max(), "won": (values > 0).mean(), "problems": len(values)}
-            )  # fmt: skip
+                {
+                    "suite": suite,
+                    "dtype": dtype,
+                    "direction": direction,
+                    "method": method,
+                    "over": over,
+                    "average": values.mean(),
+                    "min": values.min(),
+                    "max": values.max(),
+                    "won": (values > 0).mean(),
+                    "problems": len(values),
+                }
+            )
     return pd.DataFrame(rows)
 
 
 def case_table(frame: pd.DataFrame, direction: str) -> pd.DataFrame:
-    """Microseconds of each method on each case of a direction, with the floor and the fused kernel's share of it where known."""
+    """Microseconds of each method on each case of a direction, with the floor and `fused`'s share of it where known."""
     chosen = frame[frame["direction"] == direction]
     times = (
         chosen.pivot_table(index=["suite", "name"], columns="method", values="seconds", aggfunc="last", sort=False)
@@ -71,8 +84,8 @@ def case_table(frame: pd.DataFrame, direction: str) -> pd.DataFrame:
 
 def format_number(value: object) -> str:
     """A figure as a table shows it: three significant digits, `-` for none."""
-    if not isinstance(value, (int, float)):
-        return str(value)
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "-" if value is None else str(value)
     if math.isnan(value):
         return "-"
     if value == 0 or abs(value) >= 100:

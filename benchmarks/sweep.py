@@ -1,4 +1,4 @@
-"""Times a list of cases with several methods and writes one JSON line each; goes on where an interrupted sweep stopped."""
+"""Times cases with several methods, one JSON line each, and goes on where an interrupted sweep stopped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _prepare(name: str, case: Case, sets: Sequence[Inputs], gradient: bool) -> l
 def run_case(
     case: Case, names: Sequence[str], device: torch.device, directions: Sequence[str], seconds: float
 ) -> list[dict[str, Any]]:
-    """One record for each method and direction: time and spread, rates, fraction of the floor, error, peak memory, or why there is none."""
+    """One record per method and direction: time, spread, rates, share of the floor, error, peak memory, or why not."""
     gradient = any(direction != "forward" for direction in directions)
     sets = [make_inputs(case, device, seed, gradient) for seed in range(_sets_needed(case, device))]
     problem = case.problem(device)
@@ -103,7 +103,7 @@ def _try(
     gradient: bool,
     ready: dict[str, list[Prepared]],
 ) -> tuple[str, float | None, int | None]:
-    """Runs the method once, checks its answer, and keeps its calls in `ready` if it is right. Returns status, error, peak bytes."""
+    """Runs the method once and keeps its calls in `ready` if its answer is right. Returns status, error, peak bytes."""
     reason = _too_large(name, case, device)
     if reason:
         return f"unsupported: {reason}", None, None
@@ -146,9 +146,15 @@ def done_already(path: Path) -> set[tuple[str, str, str]]:
 
 
 def run(
-    suite: str, cases: Sequence[Case], names: Sequence[str], device: torch.device, directions: Sequence[str], path: Path,
-    seconds: float = 0.1, deadline: float | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    suite: str,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    device: torch.device,
+    directions: Sequence[str],
+    path: Path,
+    seconds: float = 0.1,
+    deadline: float | None = None,
+) -> list[dict[str, Any]]:
     """Times `cases` into the JSON-lines file `path`, a header line of facts first; skips what the file holds already.
 
     Args:

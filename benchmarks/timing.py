@@ -12,7 +12,7 @@ import torch
 
 Call = Callable[[], object]
 
-# Longer than the host takes to enqueue a group of calls, so that the device never waits for the host inside a timed group.
+# More than the host takes to enqueue one call, so that the device never waits for the host inside a timed group.
 HOST_SECONDS_PER_CALL = 300e-6
 SLEEP_CYCLES_PER_SECOND = 1.7e9
 

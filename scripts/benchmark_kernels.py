@@ -4,8 +4,8 @@
     python scripts/benchmark_kernels.py --suite floors --direction forward backward
     python scripts/benchmark_kernels.py --space 56 56 --window 7 7 --batch 128 --heads 2 --head-dim 32 --rpb
 
-Every answer is checked before it is timed. Results are JSON lines under results/<device>/, and an interrupted sweep goes on where it
-stopped; `--fresh` starts again.
+Every answer is checked before it is timed. Results are JSON lines under results/<device>/, and an interrupted sweep
+goes on where it stopped; `--fresh` starts again.
 """
 
 from __future__ import annotations

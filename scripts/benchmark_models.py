@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Times whole models, inference and training, with every attention backend; timm's other models for context.
+
+    python scripts/benchmark_models.py                         # the paper's table
+    python scripts/benchmark_models.py --models nat_tiny swin_tiny_patch4_window7_224 --mode inference training
+
+Loading of data is excluded unless --images names a folder of pictures. Results go to results/<device>/models.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks import models, summary
+from benchmarks.device import results_folder
+
+COLUMNS = {
+    "model": "model",
+    "mode": "mode",
+    "backend": "backend",
+    "precision": "precision",
+    "batch_used": "batch",
+    "compile": "compiled",
+    "images_per_second": "images/s",
+    "ms_per_step": "ms/step",
+    "latency_p50_ms": "p50 ms",
+    "latency_p90_ms": "p90 ms",
+    "latency_p99_ms": "p99 ms",
+    "peak_GiB": "peak GiB",
+    "attention_share": "attention",
+    "status": "status",
+}
+
+
+def arguments() -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", help="timm names (default: the paper's models, and three others for context)"
+    )
+    parser.add_argument("--mode", nargs="+", choices=("inference", "training"), default=["inference"])
+    parser.add_argument("--backends", nargs="+", default=["fused", "gemm", "naive"] if cuda else ["tiled"])
+    parser.add_argument(
+        "--precision", nargs="+", choices=sorted(models.DTYPES), default=["bfloat16"] if cuda else ["float32"]
+    )
+    parser.add_argument("--batch", type=int, default=128 if cuda else 4)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay inference as one CUDA graph")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument(
+        "--images", type=Path, help="folder of pictures: include loading, decoding and copying in the time"
+    )
+    parser.add_argument("--workers", type=int, default=4, help="loading processes, with --images")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long each row is timed")
+    parser.add_argument("--minutes", type=float, help="begin no new row after so long")
+    parser.add_argument("--output", type=Path, help="file of the results (default: results/<device>/models.jsonl)")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    return parser.parse_args()
+
+
+def loading(folder: Path, workers: int) -> models.Callable[[Tensor], Iterator[Tensor]]:
+    """Batches decoded from the pictures in `folder`, without end, cast and sized like the example."""
+    from timm.data import create_dataset, create_loader
+
+    def stream(example: Tensor) -> Iterator[Tensor]:
+        dataset = create_dataset("", root=str(folder))
+        loader = create_loader(
+            dataset,
+            input_size=tuple(example.shape[1:]),
+            batch_size=example.shape[0],
+            is_training=True,
+            num_workers=workers,
+            use_prefetcher=example.device.type == "cuda",
+            device=example.device,
+        )
+        while True:
+            for images, _ in loader:
+                if images.shape == example.shape:
+                    yield images.to(example.device, example.dtype)
+
+    return stream
+
+
+def settings(options: argparse.Namespace) -> list[models.Setting]:
+    names = options.models or [*models.PAPER, *models.CONTEXT]
+    rows = []
+    for precision, mode, name in itertools.product(options.precision, options.mode, names):
+        ours = name.split("_")[0] in ("nat", "dinat", "vitrpb")
+        graph = options.cuda_graph and mode == "inference"
+        how = (precision, options.compile, options.channels_last, graph)
+        rows += [
+            models.Setting(name, mode, backend, options.batch, *how)
+            for backend in (options.backends if ours else [None])
+        ]
+    return rows
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    path = options.output or results_folder(device) / "models.jsonl"
+    if options.fresh:
+        path.unlink(missing_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
+    batches = loading(options.images, options.workers) if options.images else None
+    rows = settings(options)
+    models.run(rows, device, path, options.seconds, deadline, batches)
+    frame, _ = summary.load([path], index=["suite", "key"])
+    frame = frame[frame["key"].isin({row.key for row in rows})]
+    if "peak_bytes" in frame:
+        frame["peak_GiB"] = pd.to_numeric(frame["peak_bytes"]) / 2**30
+    shown = frame[[column for column in COLUMNS if column in frame]].rename(columns=COLUMNS)
+    table = Table(title=f"{device}, results in {path}")
+    for column in shown.columns:
+        table.add_column(column)
+    for row in shown.itertuples(index=False):
+        table.add_row(*(summary.format_number(value) for value in row))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
