@@ -1,0 +1,100 @@
+"""Which backend serves a problem, and why the others do not.
+
+On CUDA `fused` serves whatever it can and `tiled` the rest; everywhere else `tiled` does. The others serve when named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+from torch import Tensor
+
+from kernels.backend import Backend, Gradients, Operands
+from kernels.problem import Problem
+
+MODULES = {
+    "fused": "kernels.cuda.fused",
+    "gemm": "kernels.cuda.gemm",
+    "naive": "kernels.cuda.naive",
+    "tiled": "kernels.tiled",
+    "reference": "kernels.reference",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """Stands in for a backend whose module cannot be imported here."""
+
+    name: str
+    reason: str
+
+    def why_not(self, problem: Problem) -> str | None:
+        return self.reason
+
+    def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(self.reason)
+
+    def backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+        needs_rpb_grad: bool,
+    ) -> Gradients:
+        raise RuntimeError(self.reason)
+
+
+@cache
+def load(name: str) -> Backend:
+    """The backend called `name`, imported on first use: a machine without CUDA never imports CuPy."""
+    if name not in MODULES:
+        raise ValueError(f"backend={name!r} is unknown; it must be one of {', '.join(MODULES)}, or None for the best")
+    try:
+        backend: Backend = import_module(MODULES[name]).BACKEND
+    except ImportError as error:
+        return Unavailable(name, f"It cannot be imported here: {error}.")
+    return backend
+
+
+def choose(problem: Problem, name: str | None) -> Backend:
+    """The backend called `name`, or the first that serves where it is None. ValueError if that one does not serve."""
+    if name is not None:
+        backend = load(name)
+        reason = backend.why_not(problem)
+        if reason is not None:
+            raise ValueError(
+                f"backend={name!r} does not serve this call: {reason} Leave backend=None, or see kernels.explain(...)"
+            )
+        return backend
+    if problem.device.type == "cuda":
+        fused = load("fused")
+        if fused.why_not(problem) is None:
+            return fused
+    return load("tiled")
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Which backend serves a call, and one sentence for each that does not; `str()` gives it as text."""
+
+    problem: Problem
+    backend: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend} serves this call."]
+        for name, reason in self.reasons.items():
+            if name != self.backend:
+                lines.append(f"  {name}: {reason or 'would serve it too, if named.'}")
+        return "\n".join(lines)
+
+
+def explain_problem(problem: Problem, name: str | None) -> Explanation:
+    """Why `choose(problem, name)` chooses what it does."""
+    chosen = choose(problem, name).name
+    return Explanation(problem, chosen, {other: load(other).why_not(problem) for other in MODULES})
