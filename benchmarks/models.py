@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import models  # noqa: F401  registers the zoo with timm
 import timm
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+import models  # noqa: F401  registers the zoo with timm
 from benchmarks.device import describe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -193,7 +193,7 @@ def _throughput(step: Callable[[Tensor], object], batches: Iterator[Tensor], cou
 def measure(
     setting: Setting, device: torch.device, seconds: float, batches: Callable[[Tensor], Iterator[Tensor]] | None = None
 ) -> dict[str, Any]:
-    """images/s, ms per step, latency percentiles, peak memory, attention's share; halves the batch when memory runs out.
+    """images/s, ms per step, latency percentiles, memory, attention's share; halves the batch when memory runs out.
 
     Args:
         batches: makes the stream of batches from an example; by default one synthetic batch: loading excluded.
