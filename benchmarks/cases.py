@@ -85,7 +85,7 @@ def _sample(rank: int, count: int, seed: int = 2403_04690) -> list[Case]:
         if rank > 1 and generator.random() < 0.7:
             windows = [min(windows)] * rank
         dilations = tuple(
-            generator.choice([1, 1, 2, length // k // 2 or 1, length // k])
+            generator.choice([1, 1, min(2, length // k), length // k // 2 or 1, length // k])
             for length, k in zip(space, windows, strict=True)
         )
         case = Case(
@@ -207,7 +207,8 @@ def _nat(quick: bool) -> list[Case]:
         for dilation in (1, 2):
             name = f"isotropic 14^2 h{heads} d{dilation}"
             cases.append(Case(name, 128, (14, 14), heads, 32, (7, 7), dilation=(dilation, dilation), rpb=True))
-    return [case for case in cases if case.name.startswith("tiny")] if quick else cases
+    distinct = list({case.key: case for case in reversed(cases)}.values())[::-1]
+    return [case for case in distinct if case.name.startswith("tiny")] if quick else distinct
 
 
 def _floors(quick: bool) -> list[Case]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a window, dilation and stride cost before anything runs: floors, tile waste, attainable gain over dense attention.
+"""What a window, dilation and stride cost before anything runs: floors, tile waste, gain over dense attention.
 
     python scripts/simulate.py --space 256 256 --window 80 80 --heads 24 --head-dim 128
     python scripts/simulate.py --space 30 48 80 --window 18 24 24 --heads 24 --head-dim 128 --strides
