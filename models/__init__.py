@@ -4,7 +4,9 @@ import models, timm
 model = timm.create_model("dinat_tiny", pretrained=True)
 """
 
+from models.attention_maps import attention_layers, attention_maps
 from models.checkpoints import CheckpointError, LoadReport, load_checkpoint, read_checkpoint
+from models.convert import convert_attention
 from models.dinat_s import DiNATs
 from models.isotropic import IsotropicNAT
 from models.layers import widest_dilations
@@ -16,6 +18,9 @@ __all__ = [
     "DiNATs",
     "IsotropicNAT",
     "LoadReport",
+    "attention_layers",
+    "attention_maps",
+    "convert_attention",
     "load_checkpoint",
     "read_checkpoint",
     "widest_dilations",

@@ -127,7 +127,7 @@ class Backbone(nn.Module):
         end = last_taken if stop_early else last
         intermediates = []
         x = self.patch_embed(x)
-        for index, stage in enumerate(self.stages[: end + 1]):
+        for index, stage in enumerate(list(self.stages)[: end + 1]):
             x = self._run(stage, x)
             if index in take:
                 taken = self.norm(x) if norm and index == last else x

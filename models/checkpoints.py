@@ -18,6 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from timm.models import adapt_input_conv
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from models.layers import resample_rpb
@@ -122,7 +123,9 @@ def _describe(content: Any) -> str:
 def _unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's and timm's feature wrappers."""
     model = getattr(model, "_orig_mod", model)
-    return model.model if hasattr(model, "feature_info") and hasattr(model, "out_map") else model
+    inner = model.model if isinstance(model, FeatureGetterNet) else model
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 # Names.
