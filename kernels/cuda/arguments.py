@@ -1,8 +1,8 @@
 """Argument structs of the kernels, packed as a C++ compiler lays them out.
 
-A kernel takes one struct by value. `Struct` names its fields in the order of the C++ declaration; offsets follow from natural
-alignment, and a test compares every registered struct with `offsetof` and `sizeof`. Packing is done once per problem and set
-of strides; a call only writes the pointers over a copy of those bytes:
+A kernel takes one struct by value. `Struct` names its fields in the order of the C++ declaration; offsets follow from
+natural alignment, and a test compares every registered struct with `offsetof` and `sizeof`. Packing is done once per
+problem and set of strides; a call only writes the pointers over a copy of those bytes:
 
     FLASH_FORWARD = Struct("FlashForwardArguments", geometry=GEOMETRY, query=TENSOR, ..., lse=TENSOR, rpb=POINTER)
     packed = FLASH_FORWARD.pack(geometry=pack_geometry(problem), query=pack_tensor(query.stride(), problem.rank), ...)
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 from kernels.problem import MAX_RANK, Axis, Problem
 
@@ -24,16 +25,16 @@ class Field:
     def __init__(self, cxx: str, code: str, count: int = 1) -> None:
         self.cxx = cxx
         self.count = count
+        self._code = code
         self._packer = struct.Struct(f"<{count}{code}")
-        self.size = self._packer.size
-        self.alignment = self.size // count
+        self.size: int = self._packer.size
+        self.alignment: int = self.size // count
 
     def array(self, count: int) -> Field:
-        return Field(self.cxx, self._packer.format[-1], count)
+        return Field(self.cxx, self._code, count)
 
-    def pack_into(self, buffer: bytearray, offset: int, value: object) -> None:
-        values = (value,) if self.count == 1 else tuple(value)  # type: ignore[arg-type]
-        self._packer.pack_into(buffer, offset, *values)
+    def pack(self, value: Any) -> bytes:
+        return self._packer.pack(*(value if self.count > 1 else (value,)))
 
 
 POINTER = Field("void*", "Q")
@@ -46,14 +47,18 @@ FLOAT = Field("float", "f")
 class Struct:
     """A C++ struct in namespace fastna: its fields in order, with the offsets that a compiler gives them."""
 
-    registered: dict[str, Struct] = {}  # noqa: RUF012  (by C++ name; a test compares all of them with a compiler's layout)
+    registered: ClassVar[dict[str, Struct]] = {}
+    """All of them by C++ name; a test compares each with a compiler's layout."""
 
-    def __init__(self, name: str, header: str = "fastna/arguments.cuh", **fields: Field | Struct | tuple[Struct, int]) -> None:
+    def __init__(
+        self, name: str, header: str = "fastna/arguments.cuh", **fields: Field | Struct | tuple[Struct, int]
+    ) -> None:
         self.name = name
         self.header = header
         self.offsets: dict[str, int] = {}
         self._fields: dict[str, tuple[Field | Struct, int, int]] = {}
-        end, self.alignment = 0, 1
+        self.alignment: int = 1
+        end = 0
         for field_name, declared in fields.items():
             kind, count = declared if isinstance(declared, tuple) else (declared, 1)
             offset = _align(end, kind.alignment)
@@ -66,13 +71,13 @@ class Struct:
                     self.offsets |= {f"{prefix}.{inner}": base + at for inner, at in kind.offsets.items()}
             end = offset + count * kind.size
             self.alignment = max(self.alignment, kind.alignment)
-        self.size = _align(end, self.alignment)
+        self.size: int = _align(end, self.alignment)
         self.registered[name] = self
 
-    def pack(self, **values: object) -> bytes:
+    def pack(self, **values: Any) -> bytes:
         """The struct's bytes. Nested structs are given packed (an array of them: a sequence); pointers default to null.
 
-        Raises KeyError for an unknown field, TypeError for one that is missing.
+        Raises KeyError for an unknown field, TypeError for one that is missing or has another size.
         """
         if unknown := values.keys() - self._fields.keys():
             raise KeyError(f"{self.name} has no field {sorted(unknown)}; it has {list(self._fields)}")
@@ -81,14 +86,14 @@ class Struct:
             if name not in values:
                 if kind is not POINTER:
                     raise TypeError(f"{self.name}.{name} needs a value")
-            elif isinstance(kind, Struct):
-                parts = values[name] if count > 1 else (values[name],)
-                if len(parts) != count or any(len(part) != kind.size for part in parts):  # type: ignore[arg-type]
-                    raise TypeError(f"{self.name}.{name} takes {count} packed {kind.name} of {kind.size} bytes each")
-                for index, part in enumerate(parts):  # type: ignore[arg-type,var-annotated]
-                    buffer[offset + index * kind.size : offset + (index + 1) * kind.size] = part
+                continue
+            if isinstance(kind, Field):
+                packed = kind.pack(values[name])
             else:
-                kind.pack_into(buffer, offset, values[name])
+                packed = b"".join(values[name]) if count > 1 else values[name]
+            if len(packed) != count * kind.size:
+                raise TypeError(f"{self.name}.{name} takes {count * kind.size} bytes, not {len(packed)}")
+            buffer[offset : offset + len(packed)] = packed
         return bytes(buffer)
 
     def pointers(self, *names: str) -> Callable[..., bytes]:
@@ -114,9 +119,7 @@ def _align(offset: int, alignment: int) -> int:
 
 AXIS = Struct("AxisArguments", length=INT, window=INT, dilation=INT, stride=INT, causal=INT)
 TENSOR = Struct("TensorArguments", data=POINTER, batch=INT64, axis=INT64.array(MAX_RANK), head=INT64)
-GEOMETRY = Struct(
-    "Geometry", axis=(AXIS, MAX_RANK), batch=INT, heads=INT, key_heads=INT, additional=INT, scale=FLOAT
-)
+GEOMETRY = Struct("Geometry", axis=(AXIS, MAX_RANK), batch=INT, heads=INT, key_heads=INT, additional=INT, scale=FLOAT)
 
 PADDING_AXIS = Axis(length=1, window=1)
 
@@ -146,8 +149,8 @@ def pack_geometry(problem: Problem) -> bytes:
 def pack_tensor(strides: Sequence[int], rank: int) -> bytes:
     """TensorArguments of a tensor `[batch, *space, heads, ...]` with `rank` axes of space, its pointer null.
 
-    `strides` are the tensor's, in elements; one for the channels may follow and is not looked at. lse has none; additional
-    keys `[batch, additional, key_heads, head_dim]` are a tensor of rank 1.
+    `strides` are the tensor's, in elements; one for the channels may follow and is not looked at. lse has none;
+    additional keys `[batch, additional, key_heads, head_dim]` are a tensor of rank 1.
     """
     batch, *space, head = strides[: rank + 2]
     return TENSOR.pack(batch=batch, axis=(0,) * (MAX_RANK - rank) + tuple(space), head=head)

@@ -1,4 +1,4 @@
-"""What can go wrong between a kernel's source and its result. None of these leaves an output half written and unnoticed."""
+"""What can go wrong between a kernel's source and its result: always an exception, never an output left unwritten."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """From a kernel's source text to a cubin: rendering, NVRTC, and a cache on disk.
 
-A kernel is a device header `src/NAME.cuh` with a function template; a `KernelSource` says how to instantiate it. The cache key is
-a digest of everything that decides the result: the rendered text, the contents of every own header it includes, the architecture,
-the options and NVRTC's version. Entries are written aside and renamed into place, under a lock per key: processes that want
-the same kernel at once compile it once.
+A kernel is a device header `src/NAME.cuh` with a function template; a `KernelSource` says how to instantiate it. The
+cache key is a digest of everything that decides the result: the rendered text, the contents of every own header it
+includes, the architecture, the options and NVRTC's version. Entries are written aside and renamed into place, under a
+lock per key: processes that want the same kernel at once compile it once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import functools
 import hashlib
 import os
 import re
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 
-from kernels.cuda.errors import CompilationError, MissingComponentError, UnsupportedDeviceError
+from kernels.cuda.errors import CompilationError, KernelError, MissingComponentError, UnsupportedDeviceError
 
 KERNELS = Path(__file__).resolve().parent.parent
 INCLUDE_ROOTS = (KERNELS, KERNELS / "include")
@@ -31,7 +34,7 @@ _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 
 def instantiate(template: str, *values: object) -> str:
-    """C++ text of a class template's instance: `instantiate("Tile", torch.float16, 8, True)` is `Tile<half, 8, true>`."""
+    """A class template's instance as C++ text: `instantiate("Tile", torch.half, 8, True)` is `Tile<half, 8, true>`."""
     return f"{template}<{', '.join(map(_cxx, values))}>"
 
 
@@ -47,9 +50,9 @@ def _cxx(value: object) -> str:
 class KernelSource:
     """How to instantiate one kernel.
 
-    `header` is the file under kernels/, `function` the template in it, `config` its argument (a type or a list, as C++ text;
-    empty for a function that is no template), `arguments` the struct it takes; all names are of namespace fastna. `threads` and
-    `min_blocks` are the launch bounds: threads of a block, and blocks that an SM must hold at once.
+    `header` is the file under kernels/, `function` the template in it, `config` its argument (a type or a list, as C++
+    text; empty for a function that is no template), `arguments` the struct it takes; all names are of namespace fastna.
+    `threads` and `min_blocks` are the launch bounds: threads of a block, and blocks that an SM must hold at once.
     """
 
     header: str
@@ -76,7 +79,7 @@ class KernelSource:
         )
 
 
-def collect_headers(text: str, roots: Sequence[Path] = INCLUDE_ROOTS) -> dict[str, str]:
+def collect_headers(text: str, roots: Sequence[Path]) -> dict[str, str]:
     """Contents of every header that `text` includes in quotes, directly or not, by the name it is included under.
 
     A name found under no root is left to the compiler to complain about.
@@ -90,3 +93,147 @@ def collect_headers(text: str, roots: Sequence[Path] = INCLUDE_ROOTS) -> dict[st
             headers[name] = path.read_text()
             pending += _INCLUDE.findall(headers[name])
     return headers
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A cubin on disk, and what ptxas said of it."""
+
+    path: Path
+    log: str
+    seconds: float
+    """Time the compiler took; 0 where the cache had it."""
+
+    @property
+    def registers(self) -> int:
+        return _reported(r"Used (\d+) registers", self.log)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes stored to local memory for want of registers."""
+        return _reported(r"(\d+) bytes spill stores", self.log)
+
+    @property
+    def stack_bytes(self) -> int:
+        """Local memory per thread: spills, and arrays indexed at run time."""
+        return _reported(r"(\d+) bytes stack frame", self.log)
+
+
+def _reported(pattern: str, log: str) -> int:
+    return max((int(number) for number in re.findall(pattern, log)), default=0)
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: FASTNA_CACHE_DIR, or the user's cache directory."""
+    if chosen := os.environ.get("FASTNA_CACHE_DIR"):
+        return Path(chosen)
+    try:
+        import platformdirs
+    except ImportError as error:
+        raise MissingComponentError("platformdirs is not installed: install it, or set FASTNA_CACHE_DIR") from error
+    return Path(platformdirs.user_cache_dir("fastna"))
+
+
+@functools.cache
+def _nvrtc() -> Any:
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise MissingComponentError(
+            f'CuPy is not usable ({error}): pip install "cupy-cuda13x[ctk]" (or cupy-cuda12x[ctk])'
+        ) from error
+    try:
+        nvrtc.getVersion()
+    except Exception as error:
+        raise MissingComponentError(
+            f'CuPy finds no NVRTC ({error}): install CuPy with its CUDA components, pip install "cupy-cuda13x[ctk]"'
+        ) from error
+    return nvrtc
+
+
+def architecture_of(capability: tuple[int, int]) -> str:
+    """NVRTC's name of the architecture to compile for, such as `sm_90a`.
+
+    A device that NVRTC does not know runs code for an older minor version of its generation. Architecture-specific
+    code (the `a`) is asked for where a generation has instructions of its own, which only run there.
+
+    Raises UnsupportedDeviceError below 8.0, and where NVRTC knows nothing of the device's generation.
+    """
+    major, minor = capability
+    if capability < (8, 0):
+        raise UnsupportedDeviceError(f"compute capability {major}.{minor}: the CUDA kernels need 8.0 (Ampere) or newer")
+    nvrtc = _nvrtc()
+    minors = [arch % 10 for arch in nvrtc.getSupportedArchs() if arch // 10 == major and arch % 10 <= minor]
+    if not minors:
+        version = ".".join(map(str, nvrtc.getVersion()))
+        raise UnsupportedDeviceError(
+            f"compute capability {major}.{minor}: NVRTC {version} compiles for {nvrtc.getSupportedArchs()}; "
+            "install a newer CuPy [ctk]"
+        )
+    exact = capability == (major, max(minors))
+    return f"sm_{major}{max(minors)}{'a' if exact and capability == (9, 0) else ''}"
+
+
+def compile_kernel(source: KernelSource, architecture: str) -> Compiled:
+    """The kernel's cubin for one architecture, from the cache or from NVRTC. Needs no GPU.
+
+    Raises CompilationError with the compiler's log, MissingComponentError without CuPy or NVRTC.
+    """
+    nvrtc = _nvrtc()
+    text = source.render()
+    headers = collect_headers(text, INCLUDE_ROOTS)
+    line_numbers = os.environ.get("FASTNA_LINEINFO", "0") != "0"  # for profilers and compute-sanitizer
+    options = (f"-arch={architecture}", *OPTIONS, *(("-lineinfo",) if line_numbers else ()))
+    key = digest(text, *(part for item in sorted(headers.items()) for part in item), *options, str(nvrtc.getVersion()))
+    folder = cache_directory() / "cubin" / key[:2]
+    return build_once(folder / f"{key}.cubin", lambda: _run_nvrtc(source, text, headers, options))
+
+
+def digest(*parts: str) -> str:
+    """A key for the cache. Parts are kept apart: moving text from one to the next changes it."""
+    return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()[:40]
+
+
+def build_once(path: Path, build: Callable[[], tuple[bytes, str]]) -> Compiled:
+    """The file at `path` and the log beside it, built under a lock by whichever process comes first."""
+    log = path.with_suffix(".log")
+    if path.exists():  # the log is written first, so both are there
+        return Compiled(path, log.read_text(), 0.0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if path.exists():
+                return Compiled(path, log.read_text(), 0.0)
+            began = time.perf_counter()
+            binary, text = build()
+            seconds = time.perf_counter() - began
+            _write_atomically(log, text.encode())
+            _write_atomically(path, binary)
+    except OSError as error:
+        raise KernelError(
+            f"cannot write the kernel cache {path.parent}: {error}; set FASTNA_CACHE_DIR to a writable one"
+        ) from error
+    return Compiled(path, text, seconds)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def _run_nvrtc(source: KernelSource, text: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(text, f"{source.function}.cu", tuple(headers.values()), tuple(headers))
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            raise CompilationError(
+                f"NVRTC rejects {source.name} of {source.header} ({error}), options {' '.join(options)}:\n"
+                f"{nvrtc.getProgramLog(program)}"
+            ) from error
+        # CuPy takes the size that NVRTC gives for one with a terminating zero, and cuts the last byte off.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
