@@ -42,7 +42,7 @@ SMALLEST_WINDOW = 128  # keys; below, the softmax of tiles that are mostly maske
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Boxes of one configuration: queries of a warpgroup, warpgroups, and keys, along each of three axes; stages of keys."""
+    """Queries of a warpgroup, warpgroups and keys of a box along each of three axes, and stages of keys."""
 
     queries: tuple[int, int, int]
     warpgroups: tuple[int, int, int]
@@ -149,7 +149,8 @@ def choose_tiles(axes: tuple[Axis, ...], head_dim: int) -> Tiles:
         box for box in _boxes(most, False, axes, 8) if all(b <= limit for b, limit in zip(box, limits, strict=True))
     ]
     best: tuple[float, Tiles] | None = None
-    arrangements = [w for w in itertools.product(range(1, groups + 1), repeat=3) if math.prod(w) == groups]
+    sides = range(1, groups + 1)
+    arrangements = [(a, b, c) for a, b, c in itertools.product(sides, repeat=3) if a * b * c == groups]
     for queries in _boxes(QUERIES, True, axes, 1):
         if any(side & (side - 1) for side in queries):
             continue
@@ -195,7 +196,7 @@ def _map(
     box: tuple[int, int, int],
     dilation: tuple[int, ...],
 ) -> bytes:
-    """The map of a tensor `[batch, *space, heads, head_dim]`, for copies of a box of tokens and a slice of one head's channels."""
+    """The map of a tensor `[batch, *space, heads, head_dim]` for copies of a box of tokens and a slice of a head."""
     rank = len(shape) - 3
     head_dim = shape[-1]
     row = 128 if head_dim % 64 == 0 else 64 if head_dim % 32 == 0 else 32
@@ -224,16 +225,16 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
 
 
 def representative_sources() -> Iterable[KernelSource]:
-    """One configuration per head_dim class and rank, for the compile check; sm_90a only."""
+    """One configuration per rank and class of head_dim, for the compile check; sm_90a only."""
+    flat, square, cube = (1, 1, 64), (1, 8, 8), (8, 8, 1)
+    shapes = [
+        (32, square, (1, 14, 8)),
+        (64, square, (1, 14, 8)),
+        (128, square, (1, 22, 8)),
+        (128, flat, (1, 1, 176)),
+        (128, cube, (6, 1, 24)),
+        (256, square, (1, 10, 8)),
+    ]
     for dtype in (torch.float16, torch.bfloat16):
-        for head_dim, keys in (
-            (32, (1, 14, 8)),
-            (64, (1, 14, 8)),
-            (128, (1, 22, 8)),
-            (128, (1, 1, 176)),
-            (128, (6, 1, 24)),
-            (256, (1, 10, 8)),
-        ):
-            groups, _ = most_keys(head_dim)
-            queries = (1, 1, 64) if keys[1] == 1 and keys[0] == 1 else (8, 8, 1) if keys[0] > 1 else (1, 8, 8)
-            yield Tiles(queries, (1, 1, groups), keys, 2).source(dtype, head_dim)
+        for head_dim, queries, keys in shapes:
+            yield Tiles(queries, (1, 1, most_keys(head_dim)[0]), keys, 2).source(dtype, head_dim)

@@ -1,7 +1,7 @@
 """Tensor maps for Hopper's copy engine (TMA), encoded through libcuda.
 
-A map holds a tensor's address, shape and strides, the box that one copy moves, and how the box is swizzled in shared memory.
-The layout of boxes and strides is that of cuTensorMapEncodeTiled in the CUDA driver API.
+A map holds a tensor's address, shape and strides, the box that one copy moves, and how the box is swizzled in shared
+memory. The layout of boxes and strides is that of cuTensorMapEncodeTiled in the CUDA driver API.
 """
 
 from __future__ import annotations
