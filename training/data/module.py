@@ -1,0 +1,127 @@
+"""One Lightning data module for every data set that is a list of images."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from training.config import AugmentationConfig, DataConfig
+from training.data.images import Batch, ImageReader, Selection, Splits, collate
+from training.data.sampling import EvalBatches, TrainBatches
+from training.data.transforms import eval_transform, train_transform
+from training.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class LazyLoader(DataLoader):
+    """A DataLoader whose workers start with the first batch asked for.
+
+    Lightning asks for an iterator before it has restored or advanced the epoch; reading then would read the wrong one.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+
+
+class ImageData(LightningDataModule):
+    """Serves `splits` as `Batch`es.
+
+    Args:
+        splits: what `open_splits` returned.
+        config: batch size, workers and preprocessing.
+        augmentation: of the training images; None where only evaluation is needed.
+        seed: of the order and the augmentation.
+    """
+
+    def __init__(
+        self, splits: Splits, config: DataConfig, augmentation: AugmentationConfig | None = None, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.splits, self.config, self.augmentation, self.seed = splits, config, augmentation, seed
+        self.broken = 0
+
+    def reader(self, split: str) -> ImageReader:
+        """The images of a split as evaluation reads them."""
+        return ImageReader(getattr(self.splits, split), eval_transform(self.config), self.config.in_chans)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches from wherever the trainer's loop stands.
+
+        Raises:
+            DataError: there are fewer images than one global batch.
+        """
+        config, augmentation = self.config, self.augmentation
+        if augmentation is None:
+            raise RuntimeError("this data module was built for evaluation: it has no augmentation")
+        images, size = self.splits.train, len(self.splits.train.targets)
+        if config.train_limit is not None and config.train_limit < size:
+            size = config.train_limit
+            images = Selection(images, np.random.RandomState(0).permutation(len(images.targets))[:size].tolist())
+        rank, world = self._rank_and_world()
+        if size < config.batch_size * world:
+            raise DataError(
+                f"{size} training images make no batch of {config.batch_size} x {world} processes:"
+                f" set data.batch_size to {size // world} or less"
+            )
+        reader = ImageReader(images, train_transform(config, augmentation), config.in_chans)
+        batches = TrainBatches(
+            size,
+            config.batch_size,
+            self._position,
+            seed=self.seed,
+            repeats=augmentation.repeats,
+            rank=rank,
+            world=world,
+        )
+        return self._loader(reader, batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.eval_dataloader("test")
+
+    def eval_dataloader(self, split: str) -> DataLoader:
+        """Every image of a split exactly once over all processes."""
+        reader = self.reader(split)
+        rank, world = self._rank_and_world()
+        size = self.config.eval_batch_size or self.config.batch_size
+        return self._loader(reader, EvalBatches(len(reader), size, rank=rank, world=world))
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Name and count the images that could not be read.
+
+        Raises:
+            DataError: more than data.broken_image_limit of them.
+        """
+        for label, reason in batch.broken:
+            self.broken += 1
+            if self.broken > self.config.broken_image_limit:
+                limit = self.config.broken_image_limit
+                raise DataError(f"cannot read image {label}: {reason} (data.broken_image_limit={limit})")
+            log.warning("skipped unreadable image %s: %s", label, reason)
+        return batch._replace(broken=())
+
+    def _loader(self, reader: ImageReader, batches: TrainBatches | EvalBatches) -> DataLoader:
+        return LazyLoader(
+            reader,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.config.workers,
+            persistent_workers=self.config.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch and batches of it already done, as the trainer's loop counts them."""
+        if self.trainer is None:
+            return 0, 0
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
