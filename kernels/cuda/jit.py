@@ -224,7 +224,8 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 def _run_nvrtc(source: KernelSource, text: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
     nvrtc = _nvrtc()
-    program = nvrtc.createProgram(text, f"{source.function}.cu", tuple(headers.values()), tuple(headers))
+    included = [(content.encode(), name.encode()) for name, content in headers.items()]
+    program = nvrtc.createProgram(text, f"{source.function}.cu", *zip(*included, strict=True))
     try:
         try:
             nvrtc.compileProgram(program, options)
