@@ -41,8 +41,8 @@ struct StripBias {
   }
 
   // Fills `table` (BYTES, aligned to 16) for the tile's `tile_columns` columns. `rpb`: one head's [2 WINDOW_ROWS - 1,
-  // 2 WINDOW_COLUMNS - 1], or null. All THREADS threads call; a barrier must follow.
-  template <int THREADS, class Rpb>
+  // 2 WINDOW_COLUMNS - 1]; never read unless HAS_RPB. All THREADS threads call; a barrier must follow.
+  template <int THREADS, bool HAS_RPB, class Rpb>
   FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float inverse_scale, int tile_columns) const {
     const int right_pairs = maximum(minimum(columns, first_column + tile_columns) - right_begin + 1, 0) / 2;
     const int quads = (1 + left_pairs + right_pairs) * LINES * 4;
@@ -50,12 +50,12 @@ struct StripBias {
       const int slot = i / (LINES * 4), line = i / 4 % LINES, q = i % 4;
       float4 quad;
       if (slot == 0) {
-        quad = entry(rpb, inverse_scale, line, 2 * q, 0, 1, LEFT, LEFT + 1);
+        quad = entry<HAS_RPB>(rpb, inverse_scale, line, 2 * q, 0, 1, LEFT, LEFT + 1);
       } else {
         const int column = slot <= left_pairs ? first_column + 2 * (slot - 1) : right_begin + 2 * (slot - 1 - left_pairs);
         const int second = minimum(column + 1, columns - 1);
         const int key = first_product_key<WINDOW_COLUMNS>(column, columns, KEY_COLUMNS);
-        quad = entry(rpb, inverse_scale, line, 2 * q, first_key<WINDOW_COLUMNS>(column, columns) - key,
+        quad = entry<HAS_RPB>(rpb, inverse_scale, line, 2 * q, first_key<WINDOW_COLUMNS>(column, columns) - key,
                      first_key<WINDOW_COLUMNS>(second, columns) - key, column - key, second - key);
       }
       *reinterpret_cast<float4*>(table + slot * LINES * LINE + line * LINE + q * 16) = quad;
@@ -80,19 +80,18 @@ struct StripBias {
     return result;
   }
 
-  // Byte offset in the table of the lane's quad for key row first_row + j; `slot_offset` = slot * LINES * LINE.
-  FASTNA_DEVICE static int offset(const Row& row, int slot_offset, int j) {
-    return ((row.visible >> j & 1) != 0 ? row.line + slot_offset : row.masked) + j * LINE;
-  }
-
  private:
-  template <class Rpb>
+  // Bias of keys `key` and `key` + 1 for both columns, whose windows begin at `begin`, all counted from the product's first key.
+  template <bool HAS_RPB, class Rpb>
   FASTNA_DEVICE static float4 entry(const Rpb* rpb, float inverse_scale, int line, int key, int begin0, int begin1, int query0,
                                     int query1) {
-    const Rpb* values = rpb == nullptr ? nullptr : rpb + line * (2 * WINDOW_COLUMNS - 1) + WINDOW_COLUMNS - 1;
     const auto one = [=](int at, int begin, int query) {
-      if (at < begin || at >= begin + WINDOW_COLUMNS) return MASKED;
-      return values == nullptr ? 0.0f : to_float(load_readonly(values + at - query)) * inverse_scale;
+      float value = 0.0f;
+      if constexpr (HAS_RPB) {
+        const int seen = minimum(maximum(at, begin), begin + WINDOW_COLUMNS - 1);  // a read without a branch
+        value = to_float(load_readonly(rpb + line * (2 * WINDOW_COLUMNS - 1) + WINDOW_COLUMNS - 1 + seen - query)) * inverse_scale;
+      }
+      return static_cast<u32>(at - begin) < WINDOW_COLUMNS ? value : MASKED;
     };
     return {one(key, begin0, query0), one(key + 1, begin0, query0), one(key, begin1, query1), one(key + 1, begin1, query1)};
   }

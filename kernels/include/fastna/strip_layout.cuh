@@ -4,7 +4,7 @@
 // stride and nothing below knows of it. A tile is ROWS x COLUMNS tokens, [row][column][channel], 2-byte channels.
 //
 //   TokenLayout      where a 16-byte chunk of a token lies (swizzle)
-//   StripPlace       which batch range, head, dilation group and tile a block works on
+//   StripPlace       which batch entry, head, dilation group and tile a block works on
 //   MapView, load_map_tiles    cp.async of a tile with zeros around the map, several tensors at once
 //   first_key        window arithmetic of these kernels: not causal, stride 1
 #pragma once
@@ -91,6 +91,14 @@ FASTNA_DEVICE MapView<T> map_view(const TensorArguments& tensor, const Geometry&
   return {element<T>(tensor, batch, 0, place.row_group, place.column_group, head),
           static_cast<int>(tensor.axis[1] * geometry.axis[1].dilation),
           static_cast<int>(tensor.axis[2] * geometry.axis[2].dilation)};
+}
+
+// The same of a contiguous [batch, rows, columns, heads], such as lse.
+FASTNA_DEVICE MapView<float> lse_view(float* lse, const Geometry& geometry, const StripPlace& place) {
+  const int rows = geometry.axis[1].length, columns = geometry.axis[2].length;
+  const i64 token = (static_cast<i64>(place.batch) * rows + place.row_group) * columns + place.column_group;
+  return {lse + token * geometry.heads + place.head, geometry.axis[1].dilation * columns * geometry.heads,
+          geometry.axis[2].dilation * geometry.heads};
 }
 
 // Issues the copies of ROWS x COLUMNS tokens from (row0, column0) of each view; tile k goes to shared address `shared[k]`. Only tile

@@ -1,0 +1,251 @@
+"""Kernel family `strip`: the forward pass of small sliding 2-D windows, any dilation, in half precision.
+
+A block keeps the keys and values of a tile's windows in shared memory and a whole window's scores in registers; see
+src/strip_forward.cuh. This serves the sliding layers of every published NAT and DiNAT model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Operands
+from kernels.cuda import runtime
+from kernels.cuda.arguments import GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.jit import KernelSource, instantiate
+from kernels.problem import Problem
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (32, 64)
+MAX_WINDOW = (9, 7)
+SMALLEST_SCALE = 1e-6
+"""Scores start from bias / scale, and from -1e30 where masked."""
+
+QUERY_ROWS = 8
+KEY_COLUMNS = 8
+
+STRIP_FORWARD = Struct(
+    "StripForwardArguments",
+    "src/strip_forward.cuh",
+    query=TENSOR,
+    key=TENSOR,
+    value=TENSOR,
+    output=TENSOR,
+    lse=POINTER,
+    rpb=POINTER,
+    geometry=GEOMETRY,
+    tiles=INT,
+    strips=INT,
+)
+_set_pointers = STRIP_FORWARD.pointers("query.data", "key.data", "value.data", "output.data", "lse", "rpb")
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one block computes: `8 * row_blocks` query rows by `columns` (even) query columns, by `warps` warps."""
+
+    columns: int
+    row_blocks: int = 1
+    warps: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    source: KernelSource
+    grid: int
+    shared_bytes: int
+    tiles: int
+    strips: int
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this family does not serve `problem`'s forward pass, in one sentence; None if it does."""
+    if problem.rank != 2:
+        return f"strip takes 2-D problems; this one has rank {problem.rank}"
+    if problem.dtype not in DTYPES:
+        return f"strip computes in float16 and bfloat16; this is {problem.dtype}"
+    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
+        return f"strip takes head dims {HEAD_DIMS}, equal for query and value; these are {problem.head_dim}, {problem.value_dim}"
+    if any(problem.is_causal) or any(stride != 1 for stride in problem.stride):
+        return "strip knows no causal masking and no stride"
+    if any(window > limit for window, limit in zip(problem.window, MAX_WINDOW, strict=True)):
+        return f"strip takes windows up to {MAX_WINDOW}; this one is {problem.window}"
+    if problem.additional:
+        return "strip knows no additional keys"
+    if not SMALLEST_SCALE <= problem.scale < float("inf"):
+        return f"strip needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
+    if _longest_map(problem)[0] * problem.batch * problem.heads * problem.axes[0].dilation > runtime.MAX_GRID:
+        return "strip would need more blocks than a grid has"
+    return None
+
+
+def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Output and lse of a problem that `why_not` accepts."""
+    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    plan, packed = _prepared(problem, query.stride(), key.stride(), value.stride())
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
+    arguments = _set_pointers(
+        packed,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+        0 if rpb is None else rpb.data_ptr(),
+    )
+    runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
+    return output, lse
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself if every token starts at a multiple of 16 bytes, as 16-byte copies need; otherwise a copy."""
+    elements = 16 // tensor.element_size()
+    if tensor.data_ptr() % 16 == 0 and all(stride % elements == 0 for stride in tensor.stride()[:-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared(
+    problem: Problem, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+) -> tuple[Plan, bytes]:
+    chosen = plan(problem, choose_tile(problem, runtime.properties(problem.device).shared_memory))
+    height, width = problem.space
+    token = problem.heads * problem.head_dim
+    packed = STRIP_FORWARD.pack(
+        query=pack_tensor(query, 2),
+        key=pack_tensor(key, 2),
+        value=pack_tensor(value, 2),
+        output=pack_tensor((height * width * token, width * token, token, problem.head_dim), 2),
+        geometry=pack_geometry(problem),
+        tiles=chosen.tiles,
+        strips=chosen.strips,
+    )
+    return chosen, packed
+
+
+def choose_tile(problem: Problem, shared_memory: int) -> Tile:
+    """The widest tile, of equal parts of a row, of which an SM holds three: one copies while others multiply.
+
+    `shared_memory` is what a block may have, in bytes; an SM has 1 KiB more.
+    """
+    _, columns = _longest_map(problem)
+    for parts in range(1, columns + 1):
+        tile = Tile(columns=_round_up(-(-columns // parts), 2))
+        if 3 * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
+            return tile
+    return Tile(columns=2)
+
+
+def plan(problem: Problem, tile: Tile) -> Plan:
+    rows, columns = _longest_map(problem)
+    row_axis, column_axis = problem.axes
+    strips = -(-rows // (QUERY_ROWS * tile.row_blocks))
+    tiles = -(-columns // tile.columns)
+    shared_bytes = _shared_bytes(problem, tile)
+    # 16 warps leave 128 registers to a thread, 12 leave 168: enough for more scores or channels.
+    resident_warps = 16 if problem.head_dim == 32 and _key_rows(problem) <= 14 else 12
+    config = instantiate(
+        "StripForwardConfig",
+        problem.dtype,
+        problem.rpb_dtype or torch.float32,
+        problem.head_dim,
+        *problem.window,
+        tile.row_blocks,
+        tile.columns,
+        *_stored(problem, tile),
+        _slots(problem, tile),
+        tile.warps,
+        problem.has_rpb,
+    )
+    source = KernelSource(
+        header="src/strip_forward.cuh",
+        function="strip_forward",
+        config=config,
+        arguments="StripForwardArguments",
+        threads=32 * tile.warps,
+        min_blocks=max(1, min(resident_warps // tile.warps, (228 << 10) // (shared_bytes + 1024))),
+    )
+    grid = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation
+    return Plan(source, grid, shared_bytes, tiles, strips)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _longest_map(problem: Problem) -> tuple[int, int]:
+    """Rows and columns of the longest dilation group's map: that of group 0."""
+    rows, columns = (axis.group_length(0) for axis in problem.axes)
+    return rows, columns
+
+
+def _key_rows(problem: Problem) -> int:
+    return (problem.window[0] + QUERY_ROWS) // 2 * 2
+
+
+def _stored(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """Rows and columns of keys in shared memory: all windows of the tile, no more than the map, no less than one product."""
+    rows, columns = _longest_map(problem)
+    key_rows = _key_rows(problem)
+    stored_rows = max(key_rows, min(key_rows + QUERY_ROWS * (tile.row_blocks - 1), rows))
+    stored_columns = max(KEY_COLUMNS, min(tile.columns + KEY_COLUMNS - 2, columns))
+    return stored_rows, _round_up(stored_columns, 2)
+
+
+def _slots(problem: Problem, tile: Tile) -> int:
+    """Most slots that a tile's bias table needs; the arithmetic of StripBias in include/fastna/strip_bias.cuh."""
+    axis = problem.axes[1]
+    most = 1
+    for columns in {axis.group_length(0), axis.group_length(axis.dilation - 1)}:
+        for first in range(0, columns, tile.columns):
+            left_pairs = max(axis.window // 2 - first + 1, 0) // 2
+            clamped = columns - KEY_COLUMNS + 1 + axis.window // 2
+            right_begin = max(clamped + clamped % 2, first + 2 * left_pairs)
+            right_pairs = max(min(columns, first + tile.columns) - right_begin + 1, 0) // 2
+            most = max(most, 1 + left_pairs + right_pairs)
+    return most
+
+
+def _shared_bytes(problem: Problem, tile: Tile) -> int:
+    """StripForwardConfig::SHARED_BYTES."""
+    rows, columns = _stored(problem, tile)
+    token = problem.head_dim * 2
+    staging = tile.warps * 2 * 16 * token
+    lines = _slots(problem, tile) * (2 * problem.window[0] - 1) + _key_rows(problem) + 1
+    return 2 * rows * columns * token + staging + lines * 64
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases."""
+    from kernels.problem import Axis
+
+    def source(
+        length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True
+    ) -> KernelSource:
+        problem = Problem(
+            batch=1,
+            axes=(Axis(length, window),) * 2,
+            heads=2,
+            key_heads=2,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            scale=head_dim**-0.5,
+            dtype=dtype,
+            device=torch.device("cuda"),
+            rpb_dtype=torch.float32 if rpb else None,
+        )
+        return plan(problem, choose_tile(problem, 227 << 10)).source
+
+    for length in (56, 28, 14):
+        yield source(length, torch.bfloat16)
+    yield source(28, torch.float16)
+    yield source(14, torch.bfloat16, head_dim=64)
+    yield source(56, torch.bfloat16, rpb=False)
+    yield source(28, torch.bfloat16, window=5)
