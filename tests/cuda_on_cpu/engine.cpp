@@ -246,36 +246,57 @@ float bits_to_float(uint32_t bits) {
   memcpy(&value, &bits, 4);
   return value;
 }
-float bf16_value(uint32_t bits) { return bits_to_float(bits << 16); }
-float half_value(uint32_t bits) { return half_values[bits]; }
+typedef float Row __attribute__((vector_size(32)));  // 8 columns of b or d
+
+// GCC picks the clone that the CPU can run when the engine is loaded.
+#if defined(__x86_64__) && defined(__gnu_linux__)
+#define FOR_THIS_CPU __attribute__((target_clones("avx2", "default")))
+#else
+#define FOR_THIS_CPU
+#endif
 
 template <int K>
-void multiply(Warp& w, const float (&a)[16][K], const float (&b)[K][8]) {
-  float d[16][8] = {};
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < K; ++k)
-      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+inline __attribute__((always_inline)) void multiply(Warp& w, const float (&a)[16][K], const float (&b)[K][8]) {
+  Row columns[K];
+  memcpy(columns, b, sizeof columns);
+  float d[16][8];
+  for (int i = 0; i < 16; ++i) {
+    Row sum = {};
+    for (int k = 0; k < K; ++k) sum += a[i][k] * columns[k];
+    memcpy(d[i], &sum, sizeof sum);
+  }
   for (int lane = 0; lane < WARP; ++lane) {
     const int g = lane / 4, q = lane % 4;
-    const float result[4] = {d[g][2 * q], d[g][2 * q + 1], d[g + 8][2 * q], d[g + 8][2 * q + 1]};
-    memcpy(w.out[lane], result, sizeof result);
+    memcpy(&w.out[lane][0], &d[g][2 * q], 8);
+    memcpy(&w.out[lane][2], &d[g + 8][2 * q], 8);
   }
 }
 
-template <float (&VALUE)(uint32_t)>
-void multiply_16_bit(Warp& w) {
+template <class Value>
+inline __attribute__((always_inline)) void multiply_16_bit(Warp& w, Value value) {
   float a[16][16], b[16][8];
   for (int lane = 0; lane < WARP; ++lane) {
     const int g = lane / 4, q = lane % 4;
-    for (int r = 0; r < 4; ++r)
-      for (int i = 0; i < 2; ++i) a[g + 8 * (r & 1)][2 * q + 8 * (r >> 1) + i] = VALUE(w.in[lane][r] >> (16 * i) & 0xffffu);
-    for (int r = 0; r < 2; ++r)
-      for (int i = 0; i < 2; ++i) b[2 * q + 8 * r + i][g] = VALUE(w.in[lane][4 + r] >> (16 * i) & 0xffffu);
+    const uint32_t* in = w.in[lane];
+    for (int r = 0; r < 4; ++r) {
+      const float pair[2] = {value(in[r] & 0xffffu), value(in[r] >> 16)};
+      memcpy(&a[g + 8 * (r & 1)][2 * q + 8 * (r >> 1)], pair, sizeof pair);
+    }
+    for (int r = 0; r < 2; ++r) {
+      b[2 * q + 8 * r][g] = value(in[4 + r] & 0xffffu);
+      b[2 * q + 8 * r + 1][g] = value(in[4 + r] >> 16);
+    }
   }
   multiply<16>(w, a, b);
 }
 
-void multiply_tf32(Warp& w) {
+FOR_THIS_CPU void multiply_bf16(Warp& w) {
+  multiply_16_bit(w, [](uint32_t bits) { return bits_to_float(bits << 16); });
+}
+FOR_THIS_CPU void multiply_half(Warp& w) {
+  multiply_16_bit(w, [](uint32_t bits) { return half_values[bits]; });
+}
+FOR_THIS_CPU void multiply_tf32(Warp& w) {
   float a[16][8], b[8][8];
   const auto value = [](uint32_t bits) { return bits_to_float(bits & ~0x1fffu); };  // the hardware ignores the low 13 bits
   for (int lane = 0; lane < WARP; ++lane) {
@@ -312,9 +333,9 @@ void execute(Warp& w) {
     case MOVE_MATRIX:
       return move_matrix(w);
     case MMA_BF16:
-      return multiply_16_bit<bf16_value>(w);
+      return multiply_bf16(w);
     case MMA_HALF:
-      return multiply_16_bit<half_value>(w);
+      return multiply_half(w);
     case MMA_TF32:
       return multiply_tf32(w);
   }
