@@ -37,6 +37,16 @@ class Field:
         return self._packer.pack(*(value if self.count > 1 else (value,)))
 
 
+class Opaque(Field):
+    """A field of `size` bytes that somebody else filled in, given as bytes."""
+
+    def __init__(self, cxx: str, size: int) -> None:
+        self.cxx = cxx
+        self.count = 1
+        self._packer = struct.Struct(f"<{size}s")
+        self.size = self.alignment = size
+
+
 POINTER = Field("void*", "Q")
 INT64 = Field("long long", "q")
 INT = Field("int", "i")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from kernels.backend import Operands
 from kernels.cuda import arguments, runtime, tensor_map
-from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Field, Struct
+from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Opaque, Struct
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Axis, Problem
 
-TENSOR_MAP = Field("TensorMap", "128s")
+TENSOR_MAP = Opaque("TensorMap", tensor_map.BYTES)
 HOPPER_FORWARD = Struct(
     "HopperForwardArguments",
     header="src/hopper_forward.cuh",
