@@ -26,7 +26,7 @@ class Field:
         self.cxx = cxx
         self.count = count
         self._code = code
-        self._packer = struct.Struct(f"<{count}{code}")
+        self._packer = struct.Struct("<" + code * count)
         self.size: int = self._packer.size
         self.alignment: int = self.size // count
 

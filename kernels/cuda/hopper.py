@@ -34,6 +34,7 @@ HOPPER_FORWARD = Struct(
 )
 _set_pointers = HOPPER_FORWARD.pointers("output.data", "lse")
 
+ARCHITECTURES = ("sm_90a",)
 SHARED_LIMIT = 227 << 10
 QUERIES = 64  # of one warpgroup
 STEP_PAIRS = 12  # what a box costs besides its pairs, in keys

@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class KernelSource:
     `header` is the file under kernels/, `function` the template in it, `config` its argument (a type or a list, as C++
     text; empty for a function that is no template), `arguments` the struct it takes; all names are of namespace fastna.
     `threads` and `min_blocks` are the launch bounds: threads of a block, and blocks that an SM must hold at once.
+    `shared_bytes`, where given, is the dynamic shared memory that this configuration launches with; it is for reports.
     """
 
     header: str
@@ -61,6 +62,7 @@ class KernelSource:
     arguments: str
     threads: int
     min_blocks: int = 1
+    shared_bytes: int | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -101,8 +103,13 @@ class Compiled:
 
     path: Path
     log: str
-    seconds: float
-    """Time the compiler took; 0 where the cache had it."""
+    cached: bool
+    """Whether it was there already."""
+
+    @property
+    def seconds(self) -> float:
+        """Time the compiler took, back when it ran."""
+        return float(re.findall(r"compiled in (\S+) s", self.log)[-1])
 
     @property
     def registers(self) -> int:
@@ -198,22 +205,22 @@ def build_once(path: Path, build: Callable[[], tuple[bytes, str]]) -> Compiled:
     """The file at `path` and the log beside it, built under a lock by whichever process comes first."""
     log = path.with_suffix(".log")
     if path.exists():  # the log is written first, so both are there
-        return Compiled(path, log.read_text(), 0.0)
+        return Compiled(path, log.read_text(), cached=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if path.exists():
-                return Compiled(path, log.read_text(), 0.0)
+                return Compiled(path, log.read_text(), cached=True)
             began = time.perf_counter()
             binary, text = build()
-            seconds = time.perf_counter() - began
+            text += f"\ncompiled in {time.perf_counter() - began:.3f} s\n"
             _write_atomically(log, text.encode())
             _write_atomically(path, binary)
     except OSError as error:
         raise KernelError(
             f"cannot write the kernel cache {path.parent}: {error}; set FASTNA_CACHE_DIR to a writable one"
         ) from error
-    return Compiled(path, text, seconds)
+    return Compiled(path, text, cached=False)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

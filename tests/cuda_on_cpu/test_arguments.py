@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import struct
-import subprocess
 
 import pytest
 import torch
+from cupy.cuda import nvrtc
 from emulator import ROOTS
 from probes import PROBE
 
@@ -25,20 +25,14 @@ def test_layout_is_that_of_the_compiler(name):
     layout = Struct.registered[name]
     checks = [f"static_assert(sizeof(fastna::{name}) == {layout.size});"]
     checks += [f"static_assert(offsetof(fastna::{name}, {field}) == {at});" for field, at in layout.offsets.items()]
-    text = f'#include <stddef.h>\n#include "{layout.header}"\n' + "\n".join(checks)
-    command = [
-        "g++",
-        "-std=c++17",
-        "-DFASTNA_EMULATE",
-        "-fsyntax-only",
-        "-w",
-        *(f"-I{root}" for root in ROOTS),
-        "-x",
-        "c++",
-        "-",
-    ]
-    done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    text = f'#include "{layout.header}"\n#define offsetof __builtin_offsetof\n' + "\n".join(checks)
+    program = nvrtc.createProgram(text, f"{name}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, ("-arch=sm_90a", "-std=c++17", *(f"-I{root}" for root in ROOTS)))
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def test_a_geometry_holds_the_problem_behind_axes_of_one():

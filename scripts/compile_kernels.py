@@ -1,0 +1,65 @@
+"""Compile every kernel family's configurations for every architecture, without a GPU; fail on a spill.
+
+python scripts/compile_kernels.py                         all of them
+python scripts/compile_kernels.py --quick                 two of each kernel, sm_80 and sm_90a
+python scripts/compile_kernels.py --only strip --architecture sm_89
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels.cuda import census
+from kernels.cuda.errors import KernelError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="first and last configuration of each kernel, few architectures"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="kernels with this in their family or name")
+    parser.add_argument("--architecture", action="append", choices=census.ARCHITECTURES, help="may be given again")
+    options = parser.parse_args()
+    architectures = options.architecture or (census.QUICK_ARCHITECTURES if options.quick else census.ARCHITECTURES)
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table = Table("family", "kernel", "architecture", title="Kernels")
+    for heading in ("registers", "spilled B", "stack B", "shared B", "seconds"):
+        table.add_column(heading, justify="right")
+    try:
+        entries = list(census.compile_all(architectures, options.quick, options.only))
+    except KernelError as error:
+        console.print(str(error), style="red", markup=False)
+        return 1
+    for entry in entries:
+        compiled, shared = entry.compiled, entry.source.shared_bytes
+        table.add_row(
+            entry.family,
+            entry.source.name,
+            entry.architecture,
+            str(compiled.registers),
+            str(compiled.spilled_bytes),
+            str(compiled.stack_bytes),
+            "at launch" if shared is None else str(shared),
+            f"{compiled.seconds:.2f}",
+            style="red" if entry.defect else None,
+        )
+    console.print(table)
+    defects = [entry for entry in entries if entry.defect]
+    for entry in defects:
+        console.print(f"{entry.source.name} for {entry.architecture} {entry.defect}", style="red", markup=False)
+    slowest = max((entry.compiled.seconds for entry in entries), default=0.0)
+    console.print(f"{len(entries)} kernels, {len(defects)} with a defect; the slowest took {slowest:.2f} s")
+    return 1 if defects or not entries else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
