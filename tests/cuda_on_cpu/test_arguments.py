@@ -24,8 +24,10 @@ for module in pkgutil.iter_modules(kernels.cuda.__path__):  # each registers its
 def test_layout_is_that_of_the_compiler(name):
     layout = Struct.registered[name]
     checks = [f"static_assert(sizeof(fastna::{name}) == {layout.size});"]
-    checks += [f"static_assert(offsetof(fastna::{name}, {field}) == {at});" for field, at in layout.offsets.items()]
-    text = f'#include "{layout.header}"\n#define offsetof __builtin_offsetof\n' + "\n".join(checks)
+    checks += [f"static_assert(OFFSET(fastna::{name}, {field}) == {at});" for field, at in layout.offsets.items()]
+    text = f'#include "{layout.header}"\n#define OFFSET(type, field) __INTADDR__(&((type*)0)->field)\n' + "\n".join(
+        checks
+    )
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, ("-arch=sm_90a", "-std=c++17", *(f"-I{root}" for root in ROOTS)))
