@@ -87,6 +87,7 @@ class Classifier(LightningModule):
         trainer, config = self.trainer, self.config
         scaling = scale_rate(config.optimizer, config.data.batch_size, trainer.world_size, config.trainer.accumulate)
         optimizer = build_optimizer(self.model, config.optimizer, scaling.rate)
+        trainer.fit_loop.setup_data()  # else the number of batches is not known yet
         updates = -(-int(trainer.num_training_batches) // config.trainer.accumulate)
         scheduler = build_schedule(optimizer, config.schedule, updates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "rate"}}

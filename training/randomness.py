@@ -11,7 +11,7 @@ import random
 import numpy as np
 import torch
 
-ORDER, SAMPLE, STEP = range(3)  # what a seed is for
+ORDER, SAMPLE, STEP, INIT = range(4)  # what a seed is for
 
 
 def derive_seed(*parts: int) -> int:

@@ -44,6 +44,7 @@ class ImageData(LightningDataModule):
         super().__init__()
         self.splits, self.config, self.augmentation, self.seed = splits, config, augmentation, seed
         self.broken = 0
+        self.test_split = "test"
 
     def reader(self, split: str) -> ImageReader:
         """The images of a split as evaluation reads them."""
@@ -84,7 +85,7 @@ class ImageData(LightningDataModule):
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        return self.eval_dataloader("test")
+        return self.eval_dataloader(self.test_split)
 
     def eval_dataloader(self, split: str) -> DataLoader:
         """Every image of a split exactly once over all processes."""

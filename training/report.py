@@ -1,0 +1,111 @@
+"""report.html: one file that shows a run, with every picture inside."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+import models
+from training.config import ReportConfig
+from training.data import ImageData
+from training.data.images import UNREADABLE
+from training.evaluation import Figures, summary_line
+from training.files import write_text
+from training.module import Classifier
+from training.pictures import draw_confusion, draw_curves, figure_uri, image_uri, overlay, read_curves
+
+THUMBNAIL = 160
+SHOWN_LAYERS = 4
+
+
+def write_report(
+    folder: Path, module: Classifier, data: ImageData, figures: Figures, config: ReportConfig, split: str
+) -> Path:
+    """Write `folder`/report.html and return its path.
+
+    Args:
+        folder: of the run; its logs give the curves.
+        module: holds the evaluated model and its predictions on `split`.
+        figures: of those predictions.
+    """
+    curves = read_curves(folder)
+    environment = Environment(
+        loader=PackageLoader("training"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.get_template("report.html.j2").render(
+        title=module.description["model"]["name"],
+        split=split,
+        summary=summary_line(figures),
+        figures=figures.summary,
+        configuration=yaml.safe_dump(asdict(module.config), sort_keys=False),
+        curves=figure_uri(draw_curves(curves)) if len(curves) else None,
+        confusion=figure_uri(draw_confusion(figures.confusion)),
+        per_class=figures.per_class.reset_index().to_dict("records"),
+        mistakes=mistakes(module, data, split, config.mistakes),
+        attention=attention(module, data, split, config.attention_images),
+    )
+    path = folder / "report.html"
+    write_text(path, text)
+    return path
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """The picture with its shorter side at a size that fits many in a row."""
+    scale = THUMBNAIL / min(picture.size)
+    return picture.convert("RGB").resize((round(picture.width * scale), round(picture.height * scale)))
+
+
+def mistakes(module: Classifier, data: ImageData, split: str, count: int) -> list[dict[str, Any]]:
+    """The wrong answers with the highest loss: picture, label, true class, what the model said and how surely."""
+    predictions, reader, classes = module.predictions, data.reader(split), module.classes
+    entries = []
+    for place in predictions.worst(count):
+        index = int(predictions.index[place])
+        entries.append(
+            {
+                "image": image_uri(thumbnail(reader.picture(index))),
+                "label": reader.images.label(index),
+                "true": classes[predictions.target[place]],
+                "said": classes[predictions.best[place, 0]],
+                "probability": float(predictions.probability[place, 0]),
+                "loss": float(predictions.loss[place]),
+            }
+        )
+    return entries
+
+
+def attention(module: Classifier, data: ImageData, split: str, count: int) -> list[dict[str, Any]]:
+    """Where the query in the middle looks, mean over the heads, in layers from first to last, drawn over images.
+
+    Empty for a model without neighborhood attention.
+    """
+    layers = models.attention_layers(module.model)
+    if not layers or count == 0:
+        return []
+    chosen = [layers[i] for i in sorted({round(i) for i in np.linspace(0, len(layers) - 1, SHOWN_LAYERS)})]
+    reader = data.reader(split)
+    device = next(module.model.parameters()).device
+    mean, std = np.asarray(data.config.mean), np.asarray(data.config.std)
+    entries = []
+    for index in np.linspace(0, len(reader) - 1, min(count, len(reader)), dtype=int):
+        try:
+            image = reader.transform(reader.picture(int(index)))
+        except UNREADABLE:
+            continue
+        shown = (image.permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255
+        picture = Image.fromarray(shown.round().astype(np.uint8).squeeze())
+        with torch.autocast(device.type, enabled=False):
+            tensor = image[None].to(device)
+            maps = [models.attention_maps(module.model, tensor, name)[0, 0].mean(0).cpu().numpy() for name in chosen]
+        drawn = [{"image": image_uri(thumbnail(picture)), "caption": f"{reader.images.label(int(index))}"}]
+        for name, weights in zip(chosen, maps, strict=True):
+            rows, columns = weights.shape
+            query = ((rows // 2 + 0.5) / rows, (columns // 2 + 0.5) / columns)
+            drawn.append({"image": image_uri(overlay(picture, weights, [query])), "caption": name})
+        entries.append({"panels": drawn, "true": module.classes[reader.targets[int(index)]]})
+    return entries

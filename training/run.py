@@ -1,0 +1,207 @@
+"""The two things a person starts: a training run and an evaluation."""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from training.build import (
+    build_loggers,
+    build_model,
+    build_trainer,
+    create_model,
+    is_interactive,
+    model_arguments,
+    quiet_libraries,
+)
+from training.callbacks import FiniteLoss, Progress, RunCheckpoint, WeightAverage
+from training.checkpoint import BEST, FOLDER, LAST, SavedRun, check_resumable, describe_run, newest_checkpoint, read_run
+from training.config import EvalConfig, ModelConfig, TrainConfig, to_plain
+from training.data import ImageData, open_splits
+from training.errors import CheckpointError, ConfigError, UserError, one_line
+from training.evaluation import Figures, compute_figures, figures_table, write_figures
+from training.files import write_text
+from training.module import Classifier
+from training.optimization import scale_rate
+from training.randomness import INIT, derive_seed, seed_generators
+from training.report import write_report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run's files lie, and its figures where it was evaluated."""
+
+    folder: Path
+    figures: Figures | None
+
+
+def train(config: TrainConfig) -> Outcome:
+    """Train, evaluate the best checkpoint, write the report.
+
+    Everything that can be refused is refused before a file is written; a run that fails before its first checkpoint
+    takes its folder with it.
+
+    Raises:
+        UserError: configuration, data or a checkpoint cannot be used.
+    """
+    quiet_libraries()
+    splits = open_splits(config.data)
+    arguments = model_arguments(config.model, len(splits.classes), config.data.in_chans)
+    description = describe_run(config, arguments, splits.classes)
+    saved = find_resumed(config)
+    if saved is not None:
+        for difference in check_resumable(saved, description):
+            log.warning("this resumed run is not what an uninterrupted one had been: %s", difference)
+    seed_generators(derive_seed(INIT, config.seed))
+    model = build_model(config.model, arguments)
+    data = ImageData(splits, config.data, config.augmentation, config.seed)
+    module = Classifier(model, config, splits.classes, description)
+
+    planned = saved.path.parent.parent if saved is not None else planned_folder(config)
+    fresh = not planned.exists()
+    loggers = [] if config.trainer.fast_dev_run else build_loggers(config.logger, planned)
+    trainer = build_trainer(
+        config.trainer,
+        planned,
+        epochs=config.schedule.epochs + config.schedule.cooldown_epochs,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        loggers=loggers,
+        callbacks=run_callbacks(config, planned),
+    )
+    scaling = scale_rate(config.optimizer, config.data.batch_size, trainer.world_size, config.trainer.accumulate)
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.info("%s: %s trainable parameters, %d classes", config.model.name, f"{weights:,}", len(splits.classes))
+    log.info("%s", scaling)
+    log.info("run folder %s%s", planned, f", resumed from {saved.path.name}" if saved is not None else "")
+    for logger in loggers:
+        logger.log_hyperparams({**_flat(to_plain(config)), "global_batch": scaling.global_batch, "rate": scaling.rate})
+    try:
+        if rank_zero_only.rank == 0 and not config.trainer.fast_dev_run:
+            write_text(planned / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
+        trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
+    except UserError:
+        if fresh and trainer.is_global_zero and not (planned / FOLDER / LAST).exists():
+            shutil.rmtree(planned, ignore_errors=True)
+        raise
+    folder = Path(trainer.strategy.broadcast(str(planned)))
+    best = folder / FOLDER / BEST
+    if not config.evaluate or config.trainer.fast_dev_run or not best.is_file():
+        return Outcome(folder, None)
+    module.model.load_state_dict(read_run(best).weights())
+    figures = test(trainer, module, data, "test", folder, f"{config.model.name}, test split, {BEST}")
+    if config.callbacks.report.enabled and trainer.is_global_zero:
+        report = write_report(folder, module, data, figures, config.callbacks.report, split="test")
+        Console().print(f"report: {report}", soft_wrap=True, highlight=False)
+    return Outcome(folder, figures)
+
+
+def evaluate(config: EvalConfig) -> Outcome:
+    """Evaluate one checkpoint on one split; print and write the figures.
+
+    Raises:
+        UserError: configuration, data or the checkpoint cannot be used.
+    """
+    quiet_libraries()
+    saved = read_run(config.ckpt)
+    data_config = config.data if config.data is not None else saved.data
+    splits = open_splits(data_config)
+    if splits.classes != saved.classes:
+        raise CheckpointError(
+            f"ckpt={config.ckpt} knows the {len(saved.classes)} classes {_some(saved.classes)},"
+            f" but data={data_config.name} has the {len(splits.classes)} classes {_some(splits.classes)}"
+        )
+    if data_config.in_chans != saved.model_kwargs["in_chans"]:
+        expected = saved.model_kwargs["in_chans"]
+        raise ConfigError(f"data.in_chans={data_config.in_chans}: the checkpoint's model takes {expected}")
+    model = create_model(saved.model_name, saved.model_kwargs, config.attn_backend)
+    try:
+        model.load_state_dict(saved.weights(config.use_ema))
+    except RuntimeError as error:
+        raise CheckpointError(f"ckpt={config.ckpt} does not fit {saved.model_name}: {one_line(str(error))}") from error
+    run = TrainConfig(
+        name="eval", model=ModelConfig(saved.model_name), data=data_config, trainer=config.trainer, evaluate=True
+    )
+    module = Classifier(model, run, saved.classes, saved.content["fastna"])
+    data = ImageData(splits, data_config)
+    trainer = build_trainer(config.trainer, None)
+    beside = saved.path.parent.parent if saved.path.parent.name == FOLDER else saved.path.parent
+    folder = Path(config.output_dir) if config.output_dir else beside / f"eval-{config.split}"
+    title = f"{saved.model_name}, {config.split} split, {saved.path.name}"
+    figures = test(trainer, module, data, config.split, folder, title)
+    if config.report.enabled and trainer.is_global_zero:
+        report = write_report(folder, module, data, figures, config.report, split=config.split)
+        Console().print(f"report: {report}", soft_wrap=True, highlight=False)
+    return Outcome(folder, figures)
+
+
+def test(trainer: Trainer, module: Classifier, data: ImageData, split: str, folder: Path, title: str) -> Figures:
+    """Run `module` over a split, every image once over all processes; print the table, write the files."""
+    data.test_split = split
+    trainer.test(module, datamodule=data, verbose=False)
+    figures = compute_figures(module.predictions, module.classes)
+    if trainer.is_global_zero:
+        Console().print(figures_table(figures, title))
+        write_figures(figures, folder)
+    return figures
+
+
+def run_callbacks(config: TrainConfig, folder: Path) -> list[Callback]:
+    """The average first, as what follows may save it; refusal of bad numbers before any saving."""
+    averaged = config.callbacks.ema.enabled
+    live = config.callbacks.progress if config.callbacks.progress is not None else is_interactive()
+    callbacks: list[Callback] = [WeightAverage(config.callbacks.ema)] if averaged else []
+    monitor = "val_ema/top1" if averaged else "val/top1"
+    return [*callbacks, FiniteLoss(), Progress(live), RunCheckpoint(folder, config.callbacks.checkpoint, monitor)]
+
+
+def planned_folder(config: TrainConfig) -> Path:
+    """output_root/name/DATE; under SLURM the job's number instead of the date, so that a requeued job finds its own."""
+    if config.output_dir is not None:
+        return Path(config.output_dir).expanduser()
+    parent = Path(config.output_root).expanduser() / config.name
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None:
+        return parent / f"slurm-{job}"
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = 1
+    folder = parent / name
+    while folder.exists():
+        taken += 1
+        folder = parent / f"{name}-{taken}"
+    return folder
+
+
+def find_resumed(config: TrainConfig) -> SavedRun | None:
+    """The checkpoint to go on from: the one asked for, or a requeued SLURM job's own.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+    """
+    if config.resume is None:
+        own = planned_folder(config) / FOLDER / LAST
+        return read_run(own) if "SLURM_RESTART_COUNT" in os.environ and own.is_file() else None
+    if config.resume != "last":
+        return read_run(config.resume)
+    root = config.output_dir if config.output_dir is not None else Path(config.output_root) / config.name
+    return read_run(newest_checkpoint(Path(root).expanduser()))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
