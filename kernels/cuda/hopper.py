@@ -49,6 +49,8 @@ class Tiles:
     warpgroups: tuple[int, int, int]
     keys: tuple[int, int, int]
     stages: int
+    resident: int = 1
+    """Blocks that an SM holds at once."""
 
     @property
     def block(self) -> tuple[int, ...]:
@@ -62,9 +64,21 @@ class Tiles:
         return tiles + barriers + groups * 3 * QUERIES * 8
 
     def source(self, dtype: torch.dtype, head_dim: int) -> KernelSource:
-        config = instantiate("HopperConfig", dtype, head_dim, *self.queries, *self.warpgroups, *self.keys, self.stages)
-        threads = 128 * (1 + math.prod(self.warpgroups))
-        return KernelSource("src/hopper_forward.cuh", "hopper_forward", config, "HopperForwardArguments", threads)
+        groups = math.prod(self.warpgroups)
+        threads = 128 * (1 + groups)
+        # The copying warpgroup keeps 24 registers per thread; the others share the rest of the block's.
+        share = 65536 // (threads * self.resident) // 8 * 8
+        registers = min((share * (1 + groups) - 24) // groups // 8 * 8, 240)
+        boxes = (*self.queries, *self.warpgroups, *self.keys)
+        config = instantiate("HopperConfig", dtype, head_dim, *boxes, self.stages, registers)
+        return KernelSource(
+            "src/hopper_forward.cuh",
+            "hopper_forward",
+            config,
+            "HopperForwardArguments",
+            threads,
+            self.resident,
+        )
 
 
 def most_keys(head_dim: int) -> tuple[int, int]:
@@ -141,9 +155,8 @@ def _boxes(count: int, exact: bool, axes: tuple[Axis, ...], multiple: int) -> It
 
 
 @functools.lru_cache(maxsize=512)
-def choose_tiles(axes: tuple[Axis, ...], head_dim: int) -> Tiles:
-    """The boxes that multiply the fewest pairs; `axes` are the padded three."""
-    groups, most = most_keys(head_dim)
+def choose_tiles(axes: tuple[Axis, ...], groups: int, most: int, stages: int = 2, resident: int = 1) -> Tiles:
+    """The boxes of `groups` warpgroups and up to `most` keys that multiply the fewest pairs; `axes` are the padded three."""
     along = functools.cache(_along)
     limits = [tensor_map.MAX_BOX // axis.dilation for axis in axes]
     keys = [
@@ -163,17 +176,17 @@ def choose_tiles(axes: tuple[Axis, ...], head_dim: int) -> Tiles:
                 shapes = zip(axes, queries, warpgroups, box, strict=True)
                 cost = math.prod(along(*shape) for shape in shapes) * (1 + STEP_PAIRS / math.prod(box))
                 if best is None or cost < best[0]:
-                    best = cost, Tiles(queries, warpgroups, box, 2)
+                    best = cost, Tiles(queries, warpgroups, box, stages, resident)
     if best is None:
         queries = next(box for box in _boxes(QUERIES, True, axes, 1) if not any(side & (side - 1) for side in box))
-        return Tiles(queries, (1, 1, groups), keys[-1], 2)
+        return Tiles(queries, (1, 1, groups), keys[-1], stages, resident)
     return best[1]
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(problem: Problem, output_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
     axes = arguments.padded_axes(problem)
-    tiles = choose_tiles(axes, problem.head_dim)
+    tiles = choose_tiles(axes, *most_keys(problem.head_dim))
     counts = [-(-axis.group_length(0) // block) for axis, block in zip(axes, tiles.block, strict=True)]
     grid = math.prod(counts) * math.prod(problem.dilation) * problem.heads * problem.batch
     packed = HOPPER_FORWARD.pack(

@@ -22,7 +22,9 @@ struct HopperForwardArguments {
 };
 
 // Q: queries of one warpgroup along each axis, 64 in all. W: warpgroups along each axis. K: keys of a box along each axis.
-template <class T, int HEAD_DIM_, int Q0, int Q1, int Q2, int W0, int W1, int W2, int K0_, int K1_, int K2_, int STAGES_>
+// REGISTERS: of each thread that multiplies.
+template <class T, int HEAD_DIM_, int Q0, int Q1, int Q2, int W0, int W1, int W2, int K0_, int K1_, int K2_, int STAGES_,
+          int REGISTERS>
 struct HopperConfig {
   using Element = T;
   static constexpr int HEAD_DIM = HEAD_DIM_, STAGES = STAGES_;
@@ -31,7 +33,7 @@ struct HopperConfig {
   static constexpr int ROW_BYTES = HEAD_DIM % 64 == 0 ? 128 : HEAD_DIM % 32 == 0 ? 64 : 32;  // of a slice of channels, and its swizzle
   static constexpr int SLICE = ROW_BYTES / 2, SLICES = HEAD_DIM / SLICE;
   static constexpr int QUERY_BYTES = 64 * HEAD_DIM * 2, BOX_BYTES = KEYS * HEAD_DIM * 2;
-  static constexpr int CONSUMER_REGISTERS = WARPGROUPS == 1 ? 240 : WARPGROUPS == 2 ? 240 : 160;
+  static constexpr int CONSUMER_REGISTERS = REGISTERS;
   static_assert(Q0 * Q1 * Q2 == 64, "a warpgroup multiplies 64 queries");
   static_assert(K2_ % 8 == 0 && KEYS % 16 == 0 && KEYS <= 256, "eight keys of a box lie in one row; wgmma takes 16 to 256");
   static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head_dim is a multiple of 16 up to 256");
