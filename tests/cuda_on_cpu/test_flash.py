@@ -138,3 +138,99 @@ def tf32() -> Iterator[None]:
 )
 def test_every_kind_of_window(emulator: EmulatorRuntime, axes: tuple[Axis, ...]) -> None:
     check(make_problem(*axes))
+
+
+RPB = torch.float32
+PLANE = (Axis(11, 5), Axis(13, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rpb_dtype"), [(torch.float32, RPB), (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16)]
+)
+def test_bias(emulator: EmulatorRuntime, dtype: torch.dtype, rpb_dtype: torch.dtype) -> None:
+    check(make_problem(*PLANE, dtype=dtype, rpb_dtype=rpb_dtype, heads=2, batch=2))
+
+
+def test_bias_in_one_and_three_dimensions(emulator: EmulatorRuntime) -> None:
+    check(make_problem(Axis(80, 10, stride=3, causal=True), dtype=torch.float32, rpb_dtype=RPB))
+    check(make_problem(Axis(5, 3), Axis(8, 4, 2), Axis(7, 4, stride=2), rpb_dtype=RPB))
+
+
+def test_bias_too_large_for_shared_memory(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.cuda.flash_plan.BIAS_LIMIT", 64)
+    check(make_problem(*PLANE, rpb_dtype=RPB, heads=2, batch=3))
+
+
+def test_tf32_only_where_torch_allows_it(emulator: EmulatorRuntime, tf32: None) -> None:
+    problem = make_problem(*PLANE, dtype=torch.float32, head_dim=24, rpb_dtype=RPB)
+    output, _, _ = check(problem, tolerance=TF32_TOLERANCE)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    exact, _, _ = check(problem)
+    assert not torch.equal(output, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_heads_and_additional_keys(emulator: EmulatorRuntime, dtype: torch.dtype) -> None:
+    check(make_problem(*PLANE, dtype=dtype, heads=4, key_heads=2, additional=70, batch=2, rpb_dtype=RPB))
+
+
+def test_additional_keys_in_one_dimension(emulator: EmulatorRuntime) -> None:
+    check(make_problem(Axis(50, 7, 3, causal=True), additional=3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim"),
+    [
+        (torch.float16, 8, 40),
+        (torch.float16, 128, 128),
+        (torch.float16, 256, 200),
+        (torch.float32, 4, 20),
+        (torch.float32, 68, 96),
+        (torch.float32, 256, 256),
+    ],
+)
+def test_head_dims(emulator: EmulatorRuntime, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+    check(make_problem(Axis(9, 3), Axis(10, 4), dtype=dtype, head_dim=head_dim, value_dim=value_dim))
+
+
+def test_packed_qkv_is_read_in_place(emulator: EmulatorRuntime) -> None:
+    check(make_problem(*PLANE, heads=3, head_dim=24, batch=2), packed=True)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_any_alignment(emulator: EmulatorRuntime, offset: int) -> None:
+    problem = make_problem(Axis(20, 5), heads=2)
+    shape = (1, 20, 2, 16)
+    torch.manual_seed(offset)
+    storage = guarded(torch.randn(3, 20 * 2 * 16 + offset).half())
+    assert flash.alignment([row[offset:].view(shape) for row in storage]) == 2 * offset
+    check(problem, operands=Operands(*(row[offset:].view(shape) for row in storage)))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_unusual_scales(emulator: EmulatorRuntime, scale: float) -> None:
+    check(make_problem(*PLANE, scale=scale, dtype=torch.float32, rpb_dtype=RPB))
+
+
+def test_gradients_are_the_same_bits_twice(emulator: EmulatorRuntime) -> None:
+    problem = make_problem(*PLANE, rpb_dtype=RPB, additional=5, heads=2, batch=2)
+    operands = make_operands(problem)
+    output, lse = flash.forward(problem, operands)
+    grad = torch.randn(output.shape).half()
+    first, second = (flash.backward(problem, operands, output, lse, grad, None, True) for _ in range(2))
+    for one, two in zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_large_scores_do_not_overflow(emulator: EmulatorRuntime) -> None:
+    problem = make_problem(Axis(40, 9), dtype=torch.float32, scale=30.0)
+    output, lse, _ = check(problem, tolerance=1e-4)
+    assert lse.abs().max() > 100
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(12, torch.float16), (6, torch.float32), (264, torch.float32), (16, torch.float64)])
+def test_what_is_not_served_is_said(head_dim: int, dtype: torch.dtype) -> None:
+    reason = flash.why_not(make_problem(Axis(8, 3), head_dim=head_dim, dtype=dtype))
+    assert reason is not None
+    assert str(dtype) in reason
