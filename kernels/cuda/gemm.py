@@ -1,0 +1,304 @@
+"""`gemm`: neighborhood attention as three batched GEMMs with fused gather and scatter (arXiv 2403.04690, section 3).
+
+Pointwise-neighbourhood makes the scores and their gradient, neighbourhood-neighbourhood the output and the query's
+gradient, inverse neighbourhood the key's and value's gradients. A tile is a box of 64 queries or keys inside one dilation
+group; it meets a box of keys or queries that starts anywhere. 16-bit types run on the tensor cores; so does float32
+where PyTorch allows TF32, and is exact otherwise. The paper has ranks 1 and 2; rank 3 works alike.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.cuda import runtime
+from kernels.cuda.arguments import (
+    FLOAT,
+    GEOMETRY,
+    INT,
+    INT64,
+    POINTER,
+    TENSOR,
+    Struct,
+    pack_tensor,
+    padded_axes,
+)
+from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.weights import (
+    MaterialisedAttention,
+    additional_shares,
+    address,
+    geometry_of,
+    pack_optional,
+    pitch_of,
+    representative_weights_sources,
+    strides_of,
+)
+from kernels.problem import Axis, Problem
+
+# As in fastna/gemm_tile.cuh.
+TILE = 64
+THREADS = 128
+RUN = 32
+DEPTH = 32
+QUERY_BYTES = 56
+KEY_BYTES = 32
+STAGED_BYTES = THREADS // 32 * 8 * (TILE + 8) * 4
+MAX_PART = 128  # channels of the output that one block makes
+RESIDENT_LIMIT = 99 << 10  # bytes of shared memory that every device from sm_80 on gives a block
+
+TILES = Struct("GemmTiles", "fastna/gemm_tile.cuh", shape=INT.array(3), count=INT.array(3))
+SCORES = Struct(
+    "GemmScoresArguments",
+    "src/gemm_scores.cuh",
+    geometry=GEOMETRY,
+    tiles=TILES,
+    query=TENSOR,
+    key=TENSOR,
+    additional=TENSOR,
+    weights=POINTER,
+    rpb=POINTER,
+    statistic=POINTER,
+    pitch=INT64,
+    channels=INT,
+    resident=INT,
+)
+OUTPUT = Struct(
+    "GemmOutputArguments",
+    "src/gemm_output.cuh",
+    geometry=GEOMETRY,
+    tiles=TILES,
+    weights=POINTER,
+    value=TENSOR,
+    additional=TENSOR,
+    output=POINTER,
+    pitch=INT64,
+    channels=INT,
+    factor=FLOAT,
+)
+INVERSE = Struct(
+    "GemmInverseArguments",
+    "src/gemm_inverse.cuh",
+    geometry=GEOMETRY,
+    tiles=TILES,
+    weights=POINTER,
+    source=TENSOR,
+    gradient=POINTER,
+    pitch=INT64,
+    channels=INT,
+    factor=FLOAT,
+    tokens_per_share=INT,
+)
+_set_scores = SCORES.pointers("query.data", "key.data", "additional.data", "weights", "rpb", "statistic")
+_set_output = OUTPUT.pointers("weights", "value.data", "additional.data", "output")
+_set_inverse = INVERSE.pointers("weights", "source.data", "gradient")
+
+_Strides = tuple[int, ...]
+_Plan = tuple[KernelSource, int, int, bytes]  # kernel, grid, shared memory, arguments without pointers
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's setting lets float32 products be rounded to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@lru_cache(maxsize=1024)
+def tile_shape(axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    """The box of at most TILE positions that makes the fewest products, each tile counted as full; the widest if equal.
+
+    A box of t positions along an axis meets t + window - 1 keys; so do that many keys of queries, borders aside.
+    """
+    longest = [axis.group_length(0) for axis in axes]
+
+    def cost(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        tiles = math.prod(-(-length // size) for length, size in zip(longest, shape, strict=True))
+        met = math.prod(
+            min(size + axis.window - 1, length) for axis, length, size in zip(axes, longest, shape, strict=True)
+        )
+        return tiles * -(-met // RUN), tuple(-size for size in reversed(shape))
+
+    def shapes(lengths: list[int], room: int) -> Iterator[tuple[int, ...]]:
+        if not lengths:
+            yield ()
+            return
+        for size in range(1, min(lengths[0], room) + 1):
+            for rest in shapes(lengths[1:], room // size):
+                yield size, *rest
+
+    return min(shapes(longest, TILE), key=cost)
+
+
+@lru_cache(maxsize=1024)
+def _tiles_of(problem: Problem) -> tuple[bytes, int]:
+    """`GemmTiles`, and how many tiles one head of the whole batch has."""
+    axes = padded_axes(problem)
+    shape = tile_shape(axes)
+    count = [-(-axis.group_length(0) // size) for axis, size in zip(axes, shape, strict=True)]
+    groups = math.prod(axis.dilation for axis in axes)
+    return TILES.pack(shape=shape, count=count), problem.batch * groups * math.prod(count)
+
+
+def _part_of(channels: int) -> tuple[int, int]:
+    """Channels of one block's output, a multiple of 16, and the parts that cover all of them."""
+    parts = -(-channels // MAX_PART)
+    return -(-channels // (parts * 16)) * 16, parts
+
+
+def _source(name: str, dtype: torch.dtype, tf32: bool, rank: int, *parameters: object) -> KernelSource:
+    """Kernel src/gemm_NAME.cuh for one type and rank."""
+    camel = f"Gemm{name.capitalize()}"
+    config = instantiate(f"{camel}Config", dtype, tf32 and dtype == torch.float32, rank, *parameters)
+    return KernelSource(f"src/gemm_{name}.cuh", f"gemm_{name}", config, f"{camel}Arguments", THREADS)
+
+
+@lru_cache(maxsize=1024)
+def _scores_plan(
+    problem: Problem,
+    mode: str,
+    tf32: bool,
+    query: _Strides,
+    key: _Strides,
+    additional: _Strides | None,
+    channels: int,
+) -> _Plan:
+    tiles, count = _tiles_of(problem)
+    item = problem.dtype.itemsize
+    chunk = TILE * (DEPTH * item + 16)
+    around = STAGED_BYTES + TILE * (QUERY_BYTES + 3 * KEY_BYTES)
+    resident = -(-channels // DEPTH)
+    fits = (2 + resident) * chunk + around <= RESIDENT_LIMIT
+    packed = SCORES.pack(
+        geometry=geometry_of(problem),
+        tiles=tiles,
+        query=pack_tensor(query, problem.rank),
+        key=pack_tensor(key, problem.rank),
+        additional=pack_optional(additional),
+        pitch=pitch_of(problem),
+        channels=channels,
+        resident=int(fits),
+    )
+    source = _source("scores", problem.dtype, tf32, problem.rank, f"ScoreMode::{mode}")
+    return source, count * problem.heads, (2 + (resident if fits else 2)) * chunk + around, packed
+
+
+@lru_cache(maxsize=1024)
+def _output_plan(
+    problem: Problem, tf32: bool, value: _Strides, additional: _Strides | None, channels: int, factor: float
+) -> _Plan:
+    tiles, count = _tiles_of(problem)
+    part, parts = _part_of(channels)
+    item = problem.dtype.itemsize
+    shared = 2 * RUN * (part + 8) * item + 2 * TILE * (RUN * item + 16) + TILE * QUERY_BYTES + 2 * RUN * KEY_BYTES
+    packed = OUTPUT.pack(
+        geometry=geometry_of(problem),
+        tiles=tiles,
+        value=pack_tensor(value, problem.rank),
+        additional=pack_optional(additional),
+        pitch=pitch_of(problem),
+        channels=channels,
+        factor=factor,
+    )
+    source = _source("output", problem.dtype, tf32, problem.rank, part)
+    return source, count * problem.heads * parts, shared, packed
+
+
+@lru_cache(maxsize=1024)
+def _inverse_plan(
+    problem: Problem, tf32: bool, source: _Strides, channels: int, factor: float, additional: bool
+) -> tuple[KernelSource, int, int, int, bytes]:
+    """The kernel, its grid, shared memory, the number of shares (of additional keys), and the arguments."""
+    tiles, count = _tiles_of(problem)
+    part, parts = _part_of(channels)
+    shared = 2 * RUN * (part + 8 + TILE + 8) * problem.dtype.itemsize + 2 * RUN * QUERY_BYTES
+    blocks = count * problem.key_heads * parts
+    shares, tokens = 1, problem.tokens
+    if additional:
+        blocks = problem.batch * -(-problem.additional // TILE) * problem.key_heads * parts
+        shares, tokens = additional_shares(problem, blocks)
+    packed = INVERSE.pack(
+        geometry=geometry_of(problem),
+        tiles=tiles,
+        source=pack_tensor(source, problem.rank),
+        pitch=pitch_of(problem),
+        channels=channels,
+        factor=factor,
+        tokens_per_share=tokens,
+    )
+    kernel = _source("inverse", problem.dtype, tf32, problem.rank, part, additional)
+    return kernel, blocks * shares, shared, shares, packed
+
+
+class Gemm(MaterialisedAttention):
+    """Batched products over tiles; the attention weights are gathered and scattered on the way."""
+
+    name = "gemm"
+
+    def scores(
+        self,
+        problem: Problem,
+        mode: str,
+        query: Tensor,
+        key: Tensor,
+        additional: Tensor | None,
+        weights: Tensor,
+        rpb: Tensor | None,
+        statistic: Tensor | None,
+    ) -> None:
+        strides = (query.stride(), key.stride(), strides_of(additional))
+        source, grid, shared, packed = _scores_plan(problem, mode, allows_tf32(), *strides, query.shape[-1])
+        arguments = _set_scores(packed, *map(address, (query, key, additional, weights, rpb, statistic)))
+        runtime.kernel(source, problem.device).launch(grid, shared, arguments)
+
+    def weighted_sum(
+        self, problem: Problem, weights: Tensor, value: Tensor, additional: Tensor | None, factor: float
+    ) -> Tensor:
+        channels = value.shape[-1]
+        output = value.new_empty((problem.batch, *problem.space, problem.heads, channels))
+        strides = (value.stride(), strides_of(additional))
+        source, grid, shared, packed = _output_plan(problem, allows_tf32(), *strides, channels, factor)
+        arguments = _set_output(packed, *map(address, (weights, value, additional, output)))
+        runtime.kernel(source, problem.device).launch(grid, shared, arguments)
+        return output
+
+    def inverse_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
+        channels = source.shape[-1]
+        gradient = source.new_empty((problem.batch, *problem.space, problem.key_heads, channels))
+        kernel, grid, shared, _, packed = _inverse_plan(
+            problem, allows_tf32(), source.stride(), channels, factor, additional=False
+        )
+        arguments = _set_inverse(packed, *map(address, (weights, source, gradient)))
+        runtime.kernel(kernel, problem.device).launch(grid, shared, arguments)
+        return gradient
+
+    def additional_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
+        channels = source.shape[-1]
+        kernel, grid, shared, shares, packed = _inverse_plan(
+            problem, allows_tf32(), source.stride(), channels, factor, additional=True
+        )
+        shape = (shares, problem.batch, problem.additional, problem.key_heads, channels)
+        partials = source.new_empty(shape, dtype=torch.float32)
+        arguments = _set_inverse(packed, *map(address, (weights, source, partials)))
+        runtime.kernel(kernel, problem.device).launch(grid, shared, arguments)
+        return partials.sum(0).to(source.dtype)
+
+
+BACKEND = Gemm()
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """One of each kernel, type and rank, and the widest of those that keep their sum in registers."""
+    kinds = ((torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True))
+    for (dtype, tf32), rank in itertools.product(kinds, (1, 2, 3)):
+        for mode in ("SCORE", "WEIGHT", "GRADIENT"):
+            yield _source("scores", dtype, tf32, rank, f"ScoreMode::{mode}")
+        for part in (32, MAX_PART):
+            yield _source("output", dtype, tf32, rank, part)
+            for additional in (False, True):
+                yield _source("inverse", dtype, tf32, rank, part, additional)
+        if not tf32:
+            yield from representative_weights_sources(dtype, rank)
