@@ -69,7 +69,10 @@ def why_not(problem: Problem) -> str | None:
     if problem.dtype not in DTYPES:
         return f"strip computes in float16 and bfloat16; this is {problem.dtype}"
     if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
-        return f"strip takes head dims {HEAD_DIMS}, equal for query and value; these are {problem.head_dim}, {problem.value_dim}"
+        return (
+            f"strip takes head dims {HEAD_DIMS}, equal for query and value; "
+            f"these are {problem.head_dim}, {problem.value_dim}"
+        )
     if any(problem.is_causal) or any(stride != 1 for stride in problem.stride):
         return "strip knows no causal masking and no stride"
     if any(window > limit for window, limit in zip(problem.window, MAX_WINDOW, strict=True)):
@@ -191,7 +194,7 @@ def _key_rows(problem: Problem) -> int:
 
 
 def _stored(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """Rows and columns of keys in shared memory: all windows of the tile, no more than the map, no less than one product."""
+    """Rows and columns of keys in shared memory: all windows of the tile, at most the map, at least one product."""
     rows, columns = _longest_map(problem)
     key_rows = _key_rows(problem)
     stored_rows = max(key_rows, min(key_rows + QUERY_ROWS * (tile.row_blocks - 1), rows))

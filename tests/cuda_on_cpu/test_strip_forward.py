@@ -63,7 +63,8 @@ def assert_forward(problem: Problem, operands: Operands) -> None:
     exact = dataclasses.replace(problem, dtype=torch.float64, rpb_dtype=None if operands.rpb is None else torch.float64)
     doubles = Operands(*(None if t is None else t.double() for t in dataclasses.astuple(operands)))
     expected, expected_lse = Reference().forward(exact, doubles)
-    assert output.dtype == problem.dtype and output.is_contiguous()
+    assert output.dtype == problem.dtype
+    assert output.is_contiguous()
     # Per query: one wrong row in a large map must not hide.
     error = (output.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.max() < 4 * TOLERANCE[problem.dtype], f"at {error.isnan().nonzero()[:5]}, {error.argmax()}"

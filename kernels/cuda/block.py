@@ -1,0 +1,313 @@
+"""Kernel family `block`: dense dilation groups of at most 64 tokens, forward and backward, in half precision.
+
+Where window x dilation = length on every axis there is nothing to slide and nothing to mask: DiNAT's dilated layers at 224
+pixels (56 / 8, 28 / 4, 14 / 2) and every model's 7 x 7 stage. See include/fastna/block_layout.cuh.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Gradients, Operands
+from kernels.cuda import runtime
+from kernels.cuda.arguments import (
+    GEOMETRY,
+    INT,
+    POINTER,
+    TENSOR,
+    Struct,
+    pack_geometry,
+    pack_tensor,
+    padded_axes,
+)
+from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
+from kernels.problem import Problem
+
+MAX_TOKENS = 64
+MAX_ELEMENTS = 2**33
+"""Of one tensor: the kernels count chunks of 8 elements in 32 bits, and a packed qkv is three or four times as long."""
+
+BLOCK_FORWARD = Struct(
+    "BlockForwardArguments",
+    "src/block_forward.cuh",
+    query=TENSOR,
+    key=TENSOR,
+    value=TENSOR,
+    output=TENSOR,
+    lse=POINTER,
+    rpb=POINTER,
+    geometry=GEOMETRY,
+    items=INT,
+    slices=INT,
+)
+_set_forward = BLOCK_FORWARD.pointers("query.data", "key.data", "value.data", "output.data", "lse", "rpb")
+
+BLOCK_BACKWARD = Struct(
+    "BlockBackwardArguments",
+    "src/block_backward.cuh",
+    query=TENSOR,
+    key=TENSOR,
+    value=TENSOR,
+    output=TENSOR,
+    grad_output=TENSOR,
+    grad_query=POINTER,
+    grad_key=POINTER,
+    grad_value=POINTER,
+    lse=POINTER,
+    grad_lse=POINTER,
+    rpb=POINTER,
+    grad_rpb=POINTER,
+    geometry=GEOMETRY,
+    items=INT,
+    slices=INT,
+)
+_set_backward = BLOCK_BACKWARD.pointers(
+    "query.data",
+    "key.data",
+    "value.data",
+    "output.data",
+    "grad_output.data",
+    "grad_query",
+    "grad_key",
+    "grad_value",
+    "lse",
+    "grad_lse",
+    "rpb",
+    "grad_rpb",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """`stages` items in shared memory, one of them in work; `blocks` (of 128 threads at most) on an SM."""
+
+    stages: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    source: KernelSource
+    grid: int
+    shared_bytes: int
+    items: int
+    slices: int
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this family does not serve `problem`, in one sentence; None if it does, in both directions."""
+    if not problem.is_dense:
+        return "block takes windows that hold their whole dilation group: window * dilation = length on every axis"
+    if problem.window_size > MAX_TOKENS:
+        return f"block takes at most {MAX_TOKENS} tokens per dilation group; this has {problem.window_size}"
+    if problem.dtype not in DTYPES:
+        return f"block computes in float16 and bfloat16; this is {problem.dtype}"
+    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
+        return (
+            f"block takes head dims {HEAD_DIMS}, equal for query and value; "
+            f"these are {problem.head_dim}, {problem.value_dim}"
+        )
+    if problem.key_heads != problem.heads:
+        return f"block needs as many key heads as heads; these are {problem.key_heads}, {problem.heads}"
+    if problem.additional:
+        return "block knows no additional keys"
+    if any(stride != 1 for stride in problem.stride):
+        return "block knows no stride"
+    if not SMALLEST_SCALE <= problem.scale < float("inf"):
+        return f"block needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
+    if problem.batch * problem.tokens * problem.heads * problem.head_dim > MAX_ELEMENTS:
+        return f"block takes tensors of at most {MAX_ELEMENTS} elements"
+    return None
+
+
+def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Output and lse of a problem that `why_not` accepts."""
+    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+    plan, packed = _prepared_forward(problem, query.stride(), key.stride(), value.stride())
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
+    arguments = _set_forward(
+        packed,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        output.data_ptr(),
+        lse.data_ptr(),
+        0 if rpb is None else rpb.data_ptr(),
+    )
+    runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
+    return output, lse
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> Gradients:
+    """Gradients of a problem that `why_not` accepts; deterministic. See `kernels.backend.Backend.backward`."""
+    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
+    output, lse = aligned(output.contiguous()), lse.contiguous()
+    grad_output = aligned(grad_output)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grads = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
+    strides = (query.stride(), key.stride(), value.stride(), grad_output.stride())
+    needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
+    plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad)
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
+    partial_sums = None
+    if needs_rpb_grad:
+        partial_sums = torch.empty((plan.slices, *problem.rpb_shape), dtype=torch.float32, device=query.device)
+    arguments = _set_backward(
+        packed,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        output.data_ptr(),
+        grad_output.data_ptr(),
+        *(grad.data_ptr() for grad in grads),
+        lse.data_ptr(),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        0 if rpb is None else rpb.data_ptr(),
+        0 if partial_sums is None else partial_sums.data_ptr(),
+    )
+    runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
+    grad_rpb = None if partial_sums is None else partial_sums.sum(0).to(problem.rpb_dtype)
+    return Gradients(*grads, rpb=grad_rpb)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_forward(
+    problem: Problem, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+) -> tuple[Plan, bytes]:
+    plan = plan_forward(problem, forward_tuning(problem), runtime.properties(problem.device).multiprocessors)
+    packed = BLOCK_FORWARD.pack(
+        query=pack_tensor(query, problem.rank),
+        key=pack_tensor(key, problem.rank),
+        value=pack_tensor(value, problem.rank),
+        output=pack_tensor(_contiguous(problem), problem.rank),
+        geometry=pack_geometry(problem),
+        items=plan.items,
+        slices=plan.slices,
+    )
+    return plan, packed
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared_backward(
+    problem: Problem, strides: tuple[tuple[int, ...], ...], has_grad_lse: bool, needs_rpb_grad: bool
+) -> tuple[Plan, bytes]:
+    plan = plan_backward(
+        problem,
+        backward_tuning(problem),
+        runtime.properties(problem.device).multiprocessors,
+        has_grad_lse=has_grad_lse,
+        needs_rpb_grad=needs_rpb_grad,
+    )
+    query, key, value, grad_output = (pack_tensor(stride, problem.rank) for stride in strides)
+    packed = BLOCK_BACKWARD.pack(
+        query=query,
+        key=key,
+        value=value,
+        output=pack_tensor(_contiguous(problem), problem.rank),
+        grad_output=grad_output,
+        geometry=pack_geometry(problem),
+        items=plan.items,
+        slices=plan.slices,
+    )
+    return plan, packed
+
+
+def forward_tuning(problem: Problem) -> Tuning:
+    return Tuning(stages=3, blocks=4) if problem.head_dim == 32 else Tuning(stages=2, blocks=3)
+
+
+def backward_tuning(problem: Problem) -> Tuning:
+    return Tuning(stages=2, blocks=3) if problem.head_dim == 32 else Tuning(stages=2, blocks=2)
+
+
+def plan_forward(problem: Problem, tuning: Tuning, multiprocessors: int) -> Plan:
+    config = instantiate("BlockForwardConfig", *_common(problem, tuning), problem.has_rpb)
+    stage_bytes = 3 * _padded(problem) * problem.head_dim * 2
+    return _plan(problem, tuning, multiprocessors, "block_forward", config, tuning.stages * stage_bytes)
+
+
+def plan_backward(
+    problem: Problem, tuning: Tuning, multiprocessors: int, *, has_grad_lse: bool, needs_rpb_grad: bool
+) -> Plan:
+    config = instantiate(
+        "BlockBackwardConfig", *_common(problem, tuning), problem.has_rpb, has_grad_lse, needs_rpb_grad
+    )
+    stage_bytes = 5 * _padded(problem) * problem.head_dim * 2 + 2 * _padded(problem) * 4
+    shared_bytes = 2 * _padded(problem) * 128 + tuning.stages * stage_bytes
+    return _plan(problem, tuning, multiprocessors, "block_backward", config, shared_bytes)
+
+
+def _plan(
+    problem: Problem, tuning: Tuning, multiprocessors: int, function: str, config: str, shared_bytes: int
+) -> Plan:
+    items = problem.batch
+    for axis in problem.axes:
+        items *= axis.dilation
+    # As many blocks as run at once, each with its share of one head's items; no more than give every block the same.
+    slices = min(max(multiprocessors * tuning.blocks // problem.heads, 1), items)
+    slices = -(-items // -(-items // slices))
+    source = KernelSource(
+        header=f"src/{function}.cuh",
+        function=function,
+        config=config,
+        arguments="BlockForwardArguments" if function == "block_forward" else "BlockBackwardArguments",
+        threads=_padded(problem) * 2,
+        min_blocks=tuning.blocks,
+    )
+    return Plan(source, slices * problem.heads, shared_bytes, items, slices)
+
+
+def _common(problem: Problem, tuning: Tuning) -> tuple[object, ...]:
+    windows = tuple(axis.window for axis in padded_axes(problem))
+    return (problem.dtype, problem.rpb_dtype or torch.float32, problem.head_dim, *windows, tuning.stages)
+
+
+def _padded(problem: Problem) -> int:
+    """Rows of a tile: a multiple of the 16 queries of a warp."""
+    return -(-problem.window_size // 16) * 16
+
+
+def _contiguous(problem: Problem) -> tuple[int, ...]:
+    """Strides of a contiguous [batch, *space, heads, head_dim]."""
+    sizes = (*problem.space, problem.heads, problem.head_dim)
+    strides = [1]
+    for size in reversed(sizes):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """The 7 x 7 groups of the published models, both directions, and head dim 64."""
+    from kernels.problem import Axis
+
+    for head_dim, dtype in ((32, torch.bfloat16), (32, torch.float16), (64, torch.bfloat16)):
+        problem = Problem(
+            batch=1,
+            axes=(Axis(7, 7),) * 2,
+            heads=2,
+            key_heads=2,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            scale=head_dim**-0.5,
+            dtype=dtype,
+            device=torch.device("cuda"),
+            rpb_dtype=torch.float32,
+        )
+        yield plan_forward(problem, forward_tuning(problem), 132).source
+        yield plan_backward(problem, backward_tuning(problem), 132, has_grad_lse=False, needs_rpb_grad=True).source
