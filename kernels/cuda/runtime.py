@@ -153,10 +153,10 @@ class CudaRuntime:
                 f"{source.name} is not loaded yet, and loading cannot be captured: "
                 "make the call once before capturing a CUDA graph"
             )
+        device = torch.device("cuda", index)
+        compiled = jit.compile_kernel(source, jit.architecture_of(cuda_properties(device).capability))
         with self._lock:
             if (source, index) not in self._kernels:
-                device = torch.device("cuda", index)
-                compiled = jit.compile_kernel(source, jit.architecture_of(cuda_properties(device).capability))
                 self._kernels[source, index] = CudaKernel(source, device, str(compiled.path))
             return self._kernels[source, index]
 
