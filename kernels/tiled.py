@@ -160,15 +160,15 @@ class Tiled:
                 query = part.read_rows("query", part.query, chunk)
                 key = part.read_columns("key", part.key, operands.additional_keys, chunk)
                 value = part.read_columns("value", part.value, operands.additional_values, chunk)
-                p = part.scores(query, key)
-                largest = p.amax(-1, keepdim=True)
-                p.sub_(largest).exp_()
-                total = p.sum(-1, keepdim=True)
+                scores = part.scores(query, key)
+                largest = scores.amax(-1, keepdim=True)
+                p = torch.softmax(scores, -1, out=scores)
+                # The largest score's share of the sum is exp(largest - lse).
+                target = lse_view[chunk]
+                target.copy_((largest - p.amax(-1, keepdim=True).log_()).view(target.shape))
                 result = torch.bmm(p, value, out=workspace.take("output", *p.shape[:2], problem.value_dim))
                 target = output_view[chunk]
-                target.copy_(result.div_(total).view(target.shape))
-                target = lse_view[chunk]
-                target.copy_(total.log_().add_(largest).view(target.shape))
+                target.copy_(result.view(target.shape))
         return output, lse.squeeze(-1)
 
     def backward(
@@ -186,8 +186,7 @@ class Tiled:
         workspace = Workspace(output, problem.accumulation_dtype)
         for tiles in tile_classes(problem.axes):
             part = Tiles(problem, operands, tiles, workspace)
-            views = {"lse": lse[..., None], "delta": delta, "grad_output": grad_output}
-            views = {name: part.rows_view(view) for name, view in views.items()}
+            delta_view, grad_output_view = part.rows_view(delta), part.rows_view(grad_output)
             grad_query_view = part.rows_view(sums.query)
             bias_sum = (
                 part.workspace.take("bias", problem.key_heads, part.rows, part.columns).zero_()
@@ -198,13 +197,16 @@ class Tiled:
                 query = part.read_rows("query", part.query, chunk)
                 key = part.read_columns("key", part.key, operands.additional_keys, chunk)
                 value = part.read_columns("value", part.value, operands.additional_values, chunk)
-                lse_, delta_, do = (part.read_rows(name, view, chunk) for name, view in views.items())
+                do = part.read_rows("grad_output", grad_output_view, chunk)
+                own_delta = part.read_rows("delta", delta_view, chunk)
 
-                p = part.scores(query, key).sub_(lse_).exp_()
+                # A tile sees all keys of its queries, so that softmax gives p without lse, and faster than exp of the difference.
+                scores = part.scores(query, key)
+                p = torch.softmax(scores, -1, out=scores)
                 grad = torch.bmm(p.mT, do, out=workspace.take("grad", *value.shape))
                 sums.add_columns(part, chunk, grad, sums.value, sums.additional_values)
 
-                ds = torch.bmm(do, value.mT, out=workspace.take("ds", *p.shape)).sub_(delta_).mul_(p)
+                ds = torch.bmm(do, value.mT, out=workspace.take("ds", *p.shape)).sub_(own_delta).mul_(p)
                 if bias_sum is not None:
                     bias_sum += ds.view(-1, *bias_sum.shape).sum(0)
                 grad = torch.bmm(ds.mT, query, out=workspace.take("grad", *key.shape)).mul_(problem.scale)
