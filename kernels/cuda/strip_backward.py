@@ -1,0 +1,352 @@
+"""Kernel family `strip`, backward: gradients of small sliding 2-D windows, any dilation, in half precision.
+
+One kernel computes all gradients in one pass over the operands, without atomics; see src/strip_backward.cuh. A block walks
+down a column tile of a map and keeps the rows that it needs in rings in shared memory. The bias gradient comes as one part
+per block, summed afterwards in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Gradients, Operands
+from kernels.cuda import runtime
+from kernels.cuda.arguments import GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.runtime import DeviceProperties
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
+from kernels.problem import Axis, Problem
+
+MAX_WINDOW = (9, 8)
+MAX_BIAS_WINDOW_ROWS = 8
+"""The bias gradient gathers 2 k - 1 row offsets in one product of 16 rows."""
+
+STEP_ROWS = 8
+PRODUCT_COLUMNS = 8
+BLOCK_RESERVE = 1024
+"""Shared memory that a block takes besides its own; an SM has as much more than one block may have."""
+
+STRIP_BACKWARD = Struct(
+    "StripBackwardArguments",
+    "fastna/strip_backward_ring.cuh",
+    query=TENSOR,
+    key=TENSOR,
+    value=TENSOR,
+    output=TENSOR,
+    grad_output=TENSOR,
+    grad_query=TENSOR,
+    grad_key=TENSOR,
+    grad_value=TENSOR,
+    lse=POINTER,
+    grad_lse=POINTER,
+    rpb=POINTER,
+    grad_rpb=POINTER,
+    geometry=GEOMETRY,
+    step_rows=INT,
+    chunk_rows=INT,
+    chunks=INT,
+    tile_columns=INT,
+    tiles=INT,
+    ring_rows=INT,
+    pitch=INT,
+)
+_set_pointers = STRIP_BACKWARD.pointers(
+    *(
+        f"{name}.data"
+        for name in ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
+    ),
+    "lse",
+    "grad_lse",
+    "rpb",
+    "grad_rpb",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a map is cut, and by how many warps it is worked on. The choice changes gradients by rounding only."""
+
+    tiles: int
+    """Column tiles, side by side."""
+    step_rows: int
+    """Rows of a step, at most 8."""
+    warps: int
+    """Warps of a block."""
+    blocks: int
+    """Blocks that an SM shall hold."""
+    chunks: int = 1
+    """Walks, one below another, that a column tile is cut into."""
+    ahead: bool = False
+    """Whether the rings hold the next step's rows too, which then come in during this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    source: KernelSource
+    grid: int
+    shared_bytes: int
+    tile_columns: int
+    tiles: int
+    step_rows: int
+    chunk_rows: int
+    chunks: int
+    ring_rows: int
+    pitch: int
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this family does not serve `problem`'s backward pass, in one sentence; None if it does."""
+    if problem.rank != 2:
+        return f"strip takes 2-D problems; this one has rank {problem.rank}"
+    if problem.dtype not in DTYPES:
+        return f"strip computes in float16 and bfloat16; this is {problem.dtype}"
+    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
+        dims = f"{problem.head_dim}, {problem.value_dim}"
+        return f"strip takes head dims {HEAD_DIMS}, equal for query and value; these are {dims}"
+    if any(problem.is_causal) or any(stride != 1 for stride in problem.stride):
+        return "strip knows no causal masking and no stride"
+    if any(window > limit for window, limit in zip(problem.window, MAX_WINDOW, strict=True)):
+        return f"strip takes windows up to {MAX_WINDOW} backward; this one is {problem.window}"
+    if problem.has_rpb and problem.window[0] > MAX_BIAS_WINDOW_ROWS:
+        return (
+            f"strip takes up to {MAX_BIAS_WINDOW_ROWS} window rows with a bias, backward; here are {problem.window[0]}"
+        )
+    if problem.key_heads != problem.heads:
+        return "strip knows no grouped-query heads backward"
+    if problem.additional:
+        return "strip knows no additional keys"
+    if not SMALLEST_SCALE <= problem.scale < float("inf"):
+        return f"strip needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
+    rows, columns = problem.space
+    if rows * columns * problem.batch * problem.heads > runtime.MAX_GRID:
+        return "strip might need more blocks than a grid has"
+    device = runtime.properties(problem.device)
+    if choose_tile(problem, problem.has_rpb, device) is None:
+        return f"strip needs more shared memory backward than the {device.shared_memory} bytes of a block"
+    return None
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> Gradients:
+    """Gradients of a problem that `why_not` accepts. The same call gives the same bits."""
+    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
+    output, grad_output = aligned(output), aligned(grad_output)
+    grads = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
+    needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
+    plan, packed = _prepared(
+        problem, needs_rpb_grad, query.stride(), key.stride(), value.stride(), output.stride(), grad_output.stride()
+    )
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
+    lse = lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    parts = None
+    if needs_rpb_grad:
+        shape = (plan.grid // problem.heads, *problem.rpb_shape)
+        parts = torch.empty(shape, dtype=torch.float32, device=query.device)
+    arguments = _set_pointers(
+        packed,
+        *(tensor.data_ptr() for tensor in (query, key, value, output, grad_output, *grads)),
+        *(0 if tensor is None else tensor.data_ptr() for tensor in (lse, grad_lse, rpb, parts)),
+    )
+    runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
+    grad_rpb = None if parts is None else parts.sum(0).to(problem.rpb_dtype)
+    return Gradients(*grads, rpb=grad_rpb)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepared(problem: Problem, needs_rpb_grad: bool, *strides: tuple[int, ...]) -> tuple[Plan, bytes]:
+    tile = choose_tile(problem, needs_rpb_grad, runtime.properties(problem.device))
+    assert tile is not None, "why_not refuses what fits no block"
+    chosen = plan(problem, tile, needs_rpb_grad)
+    return chosen, pack(problem, chosen, *strides)
+
+
+def pack(problem: Problem, plan: Plan, *strides: tuple[int, ...]) -> bytes:
+    """The kernel's arguments but for the pointers; strides of query, key, value, output and grad_output."""
+    height, width = problem.space
+    token = problem.heads * problem.head_dim
+    gradient = pack_tensor((height * width * token, width * token, token, problem.head_dim), 2)
+    names = ("query", "key", "value", "output", "grad_output")
+    return STRIP_BACKWARD.pack(
+        **{name: pack_tensor(stride, 2) for name, stride in zip(names, strides, strict=True)},
+        grad_query=gradient,
+        grad_key=gradient,
+        grad_value=gradient,
+        geometry=pack_geometry(problem),
+        step_rows=plan.step_rows,
+        chunk_rows=plan.chunk_rows,
+        chunks=plan.chunks,
+        tile_columns=plan.tile_columns,
+        tiles=plan.tiles,
+        ring_rows=plan.ring_rows,
+        pitch=plan.pitch,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Tile | None:
+    """The widest tile whose rings fit into shared memory as often as registers allow, in the cheapest steps.
+
+    One block per SM where even narrow tiles do not fit twice; None if not once. A small batch cuts maps into several walks.
+    """
+    rows, columns = _longest_map(problem)
+
+    def fits(tile: Tile) -> bool:
+        used = plan(problem, tile, needs_rpb_grad).shared_bytes + BLOCK_RESERVE
+        return tile.blocks * used <= device.shared_memory + BLOCK_RESERVE
+
+    # A thread may have 128 registers if an SM runs 16 warps, 168 if 12: enough for 32 channels, or 64.
+    many, few = ((4, 4), (8, 2)) if problem.head_dim == 32 else ((4, 3), (6, 2))
+    candidates = itertools.chain(
+        ((*many, 1),) if columns <= 2 * PRODUCT_COLUMNS else (),
+        ((*few, tiles) for tiles in range(1, max(1, columns // problem.axes[1].window) + 1)),
+        ((few[0], 1, tiles) for tiles in range(1, -(-columns // 2) + 1)),
+    )
+    for warps, blocks, tiles in candidates:
+        steps = [Tile(tiles, step_rows, warps, blocks) for step_rows in range(min(STEP_ROWS, rows), 0, -1)]
+        if fitting := [tile for tile in steps if fits(tile)]:
+            tile = min(fitting, key=lambda tile: _work(problem.axes[0], tile.step_rows))
+            wanted = -(-blocks * device.multiprocessors // plan(problem, tile, needs_rpb_grad).grid)
+            tile = replace(tile, chunks=max(1, min(wanted, rows // (2 * tile.step_rows))))
+            return ahead if fits(ahead := replace(tile, ahead=True)) else tile
+    return None
+
+
+def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
+    rows, columns = _longest_map(problem)
+    row_axis, column_axis = problem.axes
+    tile_columns = 2 * -(-columns // (2 * tile.tiles))  # whole pairs
+    tiles = -(-columns // tile_columns)
+    chunk_rows = tile.step_rows * -(-rows // (tile.step_rows * tile.chunks))  # whole steps
+    chunks = -(-rows // chunk_rows)
+    ring_rows = _most_needed(row_axis, tile.step_rows, 2 if tile.ahead else 1)
+    pitch = max(PRODUCT_COLUMNS, _most_needed(column_axis, tile_columns, 1))
+    source = KernelSource(
+        header="src/strip_backward.cuh",
+        function="strip_backward",
+        config=instantiate(
+            "StripBackwardConfig",
+            problem.dtype,
+            problem.rpb_dtype or torch.float32,
+            problem.head_dim,
+            *problem.window,
+            tile.warps,
+            problem.has_rpb,
+            needs_rpb_grad,
+        ),
+        arguments="StripBackwardArguments",
+        threads=32 * tile.warps,
+        min_blocks=tile.blocks,
+    )
+    lines, offsets = 2 * row_axis.window - 1, 2 * column_axis.window - 1
+    # StripBackwardMemory: the rings, lse and delta, the bias, the warps' sums of its gradient, the places of rows.
+    shared_bytes = ring_rows * pitch * 8 * problem.head_dim + _round_up(ring_rows * pitch * 8, 16)
+    if problem.has_rpb:
+        shared_bytes += lines * (2 * column_axis.window + 1) * 16
+    if needs_rpb_grad:
+        shared_bytes += _round_up(tile.warps * lines * offsets, 4) * 4
+    shared_bytes += 8 * min(rows, chunk_rows + 2 * row_axis.window)
+    return Plan(
+        source=source,
+        grid=problem.batch * problem.heads * row_axis.dilation * column_axis.dilation * tiles * chunks,
+        shared_bytes=shared_bytes,
+        tile_columns=tile_columns,
+        tiles=tiles,
+        step_rows=tile.step_rows,
+        chunk_rows=chunk_rows,
+        chunks=chunks,
+        ring_rows=ring_rows,
+        pitch=pitch,
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _longest_map(problem: Problem) -> tuple[int, int]:
+    """Rows and columns of the longest dilation group's map: that of group 0."""
+    rows, columns = (axis.group_length(0) for axis in problem.axes)
+    return rows, columns
+
+
+def _keys_and_queries(axis: Axis, length: int, begin: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Hulls of the keys of the queries at positions `[begin, end)`, and of the queries of the keys there."""
+    last = min(end, length) - 1
+    keys = axis.window_at(begin, length)[0], axis.window_at(last, length)[1]
+    queries = axis.queries_at(begin, length)[0], axis.queries_at(last, length)[1]
+    return keys, queries
+
+
+@functools.cache
+def _most_needed(axis: Axis, size: int, steps: int) -> int:
+    """Most positions that `steps` successive pieces of `size` need at once, over all pieces of all dilation groups."""
+    most = 0
+    for length in {axis.group_length(0), axis.group_length(axis.dilation - 1)}:
+        for begin in range(0, length, size):
+            keys, queries = _keys_and_queries(axis, length, begin, begin + steps * size)
+            most = max(most, max(keys[1], queries[1]) - min(keys[0], queries[0]))
+    return most
+
+
+@functools.cache
+def _work(axis: Axis, step_rows: int) -> int:
+    """Pairs of rows that all steps of a map multiply, each step itself counted as one more."""
+    length = axis.group_length(0)
+    total = 0
+    for begin in range(0, length, step_rows):
+        keys, queries = _keys_and_queries(axis, length, begin, begin + step_rows)
+        total += -(-(keys[1] - keys[0]) // 2) + -(-(queries[1] - queries[0]) // 2) + 1
+    return total
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """The sliding layers of the published models (kernel size 7, with bias) and neighbouring cases, on Hopper."""
+    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
+
+    def source(
+        length: int,
+        dtype: torch.dtype,
+        *,
+        head_dim: int = 32,
+        window: int = 7,
+        rpb: bool = True,
+        needs_rpb_grad: bool = True,
+    ) -> KernelSource:
+        problem = Problem(
+            batch=128,
+            axes=(Axis(length, window),) * 2,
+            heads=2,
+            key_heads=2,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            scale=head_dim**-0.5,
+            dtype=dtype,
+            device=torch.device("cuda"),
+            rpb_dtype=torch.float32 if rpb else None,
+        )
+        needs_rpb_grad = rpb and needs_rpb_grad
+        tile = choose_tile(problem, needs_rpb_grad, device)
+        assert tile is not None
+        return plan(problem, tile, needs_rpb_grad).source
+
+    for length in (56, 14):
+        yield source(length, torch.bfloat16)
+    yield source(28, torch.float16)
+    yield source(14, torch.bfloat16, head_dim=64)
+    yield source(56, torch.bfloat16, rpb=False)
+    yield source(28, torch.bfloat16, needs_rpb_grad=False)
+    yield source(28, torch.bfloat16, window=5)

@@ -1,0 +1,232 @@
+// What a block of the strip backward pass keeps in shared memory, and how it brings it there.
+//
+// A block walks down a column tile of a map (one dilation group of one head), a few rows a step. Two rings hold the rows that the
+// step needs, halo included, so that every row is read once per walk:
+//   ring 0: [row % ring_rows][column] key | value          ring 1: [row % ring_rows][column] query | gradient of the output
+// and beside them, per token, what turns a score into its gradient: lse in base 2, and
+//   delta = sum(grad_output * output) - grad_lse.
+//
+// A token's 16-byte chunks are permuted by (column ^ slot) & 7, slot = row % ring_rows: both eight columns of one row (the right
+// operand of a product) and eight rows of one column (the left one) touch every bank once. The second tensor of a token lies at
+// the address of the first with one bit flipped.
+#pragma once
+
+#include "fastna/strip_layout.cuh"
+
+namespace fastna {
+
+struct StripBackwardArguments {
+  TensorArguments query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+  const float* lse;       // [batch, rows, columns, heads]
+  const float* grad_lse;  // likewise, or null
+  const void* rpb;        // [heads, 2 k_rows - 1, 2 k_columns - 1]
+  float* grad_rpb;        // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
+  Geometry geometry;
+  int step_rows, chunk_rows, chunks;  // rows of a step (at most 8); rows that a block walks; blocks per column tile
+  int tile_columns, tiles;
+  int ring_rows, pitch;  // what a ring holds: rows, and columns of each
+};
+
+template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int WARPS_, bool HAS_RPB_, bool RPB_GRADIENT_>
+struct StripBackwardConfig {
+  using T = T_;
+  using Rpb = Rpb_;
+  static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_, WARPS = WARPS_;
+  static constexpr bool HAS_RPB = HAS_RPB_, RPB_GRADIENT = RPB_GRADIENT_;
+  static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "the swizzle needs two tensors of 4 or 8 chunks");
+  static_assert(!RPB_GRADIENT || 2 * WINDOW_ROWS - 1 <= 16, "the bias gradient sums its row offsets in one matrix product");
+
+  static constexpr int K_STEPS = HEAD_DIM / 16;
+  static constexpr int CHUNKS = HEAD_DIM / 8;
+  static constexpr int TOKEN = HEAD_DIM * 4;     // bytes of two tensors' token
+  static constexpr u32 SECOND = HEAD_DIM * 2;    // the bit that leads from the first tensor's chunk to the second's
+  static constexpr int BIAS_LINES = 2 * WINDOW_ROWS - 1;
+  static constexpr int BIAS_LINE = 2 * WINDOW_COLUMNS + 1;  // odd: lines start in different banks
+  static constexpr int OFFSETS = BIAS_LINES * (2 * WINDOW_COLUMNS - 1);
+};
+
+// The axis of a strip problem inside a dilation group.
+template <int WINDOW>
+struct SlidingAxis {
+  static constexpr int window = WINDOW, stride = 1, dilation = 1;
+  static constexpr bool causal = false;
+};
+
+// Where things begin in dynamic shared memory; kernels/cuda/strip_backward.py adds up the same sizes.
+template <class Config>
+struct StripBackwardMemory {
+  u8* start;
+  int ring_bytes, tokens;
+
+  FASTNA_DEVICE explicit StripBackwardMemory(const StripBackwardArguments& args)
+      : start(dynamic_shared<u8>()), ring_bytes(args.ring_rows * args.pitch * Config::TOKEN), tokens(args.ring_rows * args.pitch) {}
+  // Ring 0 or 1, in the shared address space.
+  FASTNA_DEVICE u32 ring(int index) const { return shared_address(start) + index * ring_bytes; }
+  // (lse in base 2, delta) of a token.
+  FASTNA_DEVICE float2* statistics() const { return reinterpret_cast<float2*>(start + 2 * ring_bytes); }
+  FASTNA_DEVICE float4* bias() const { return reinterpret_cast<float4*>(start + 2 * ring_bytes + round_up(tokens * 8, 16)); }
+  FASTNA_DEVICE float* bias_gradient() const {
+    return reinterpret_cast<float*>(bias() + (Config::HAS_RPB ? Config::BIAS_LINES * Config::BIAS_LINE : 0));
+  }
+  // Per row of the walk: its offset in a ring with the swizzle in bits 4 to 6, and that of its statistics.
+  FASTNA_DEVICE uint2* row_places() const {
+    return reinterpret_cast<uint2*>(bias_gradient() + (Config::RPB_GRADIENT ? round_up(Config::WARPS * Config::OFFSETS, 4) : 0));
+  }
+};
+
+// A block's part of the map: it owns the gradients of `rows` x `columns`, and stores `stored_columns` of the columns around them.
+template <class Config>
+struct StripBackwardWalk {
+  StripPlace place;
+  Interval rows, columns, stored_columns;
+  int first_row;  // the first that is ever stored
+
+  using RowAxis = SlidingAxis<Config::WINDOW_ROWS>;
+  using ColumnAxis = SlidingAxis<Config::WINDOW_COLUMNS>;
+
+  FASTNA_DEVICE explicit StripBackwardWalk(const StripBackwardArguments& args)
+      : place(strip_place(block_index(), args.geometry, args.tiles, args.chunks)) {
+    rows.begin = place.strip * args.chunk_rows;
+    rows.end = minimum(rows.begin + args.chunk_rows, place.rows);
+    columns.begin = place.tile * args.tile_columns;
+    columns.end = minimum(columns.begin + args.tile_columns, place.columns);
+    if (is_empty()) return;
+    const Interval keys = keys_of_columns(columns), queries = queries_of_columns(columns);
+    stored_columns = {minimum(keys.begin, queries.begin), maximum(keys.end, queries.end)};
+    first_row = needed_rows({rows.begin, rows.begin + 1}).begin;
+  }
+  // Shorter dilation groups need fewer blocks than the longest.
+  FASTNA_DEVICE bool is_empty() const { return rows.begin >= rows.end || columns.begin >= columns.end; }
+
+  // Hulls of what the queries (or keys) of some rows or columns need.
+  FASTNA_DEVICE Interval keys_of_rows(Interval own) const {
+    return {window_at(RowAxis{}, own.begin, place.rows).begin, window_at(RowAxis{}, own.end - 1, place.rows).end};
+  }
+  FASTNA_DEVICE Interval queries_of_rows(Interval own) const {
+    return {queries_at(RowAxis{}, own.begin, place.rows).begin, queries_at(RowAxis{}, own.end - 1, place.rows).end};
+  }
+  FASTNA_DEVICE Interval needed_rows(Interval own) const {
+    const Interval keys = keys_of_rows(own), queries = queries_of_rows(own);
+    return {minimum(keys.begin, queries.begin), maximum(keys.end, queries.end)};
+  }
+  FASTNA_DEVICE Interval keys_of_columns(Interval own) const {
+    return {window_at(ColumnAxis{}, own.begin, place.columns).begin, window_at(ColumnAxis{}, own.end - 1, place.columns).end};
+  }
+  FASTNA_DEVICE Interval queries_of_columns(Interval own) const {
+    return {queries_at(ColumnAxis{}, own.begin, place.columns).begin, queries_at(ColumnAxis{}, own.end - 1, place.columns).end};
+  }
+  FASTNA_DEVICE Interval step(int row, int step_rows) const { return {row, minimum(row + step_rows, rows.end)}; }
+};
+
+template <class Config>
+struct StripBackwardLoader {
+  using T = typename Config::T;
+  const StripBackwardArguments& args;
+  const StripBackwardWalk<Config>& walk;
+  const StripBackwardMemory<Config>& memory;
+
+  FASTNA_DEVICE MapView<const T> view(const TensorArguments& tensor) const {
+    return map_view<const T>(tensor, args.geometry, walk.place, walk.place.batch, walk.place.head);
+  }
+
+  FASTNA_DEVICE void fill_row_places() const {
+    const int count = walk.needed_rows({walk.rows.end - 1, walk.rows.end}).end - walk.first_row;
+    for (int i = thread_index(); i < count; i += Config::WARPS * WARP) {
+      const u32 slot = (walk.first_row + i) % args.ring_rows;
+      memory.row_places()[i] = {slot * args.pitch * Config::TOKEN + (slot & 7) * 16, slot * args.pitch * 8};
+    }
+  }
+
+  // Entry x = key column - query column, of the left query (or key) of a pair and its neighbour: bias[x, x + 1, x - 1, x] / scale.
+  FASTNA_DEVICE void fill_bias() const {
+    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + walk.place.head * Config::OFFSETS;
+    const float inverse_scale = 1.0f / args.geometry.scale;
+    for (int i = thread_index(); i < Config::BIAS_LINES * Config::BIAS_LINE; i += Config::WARPS * WARP) {
+      const int line = i / Config::BIAS_LINE, x = i % Config::BIAS_LINE - Config::WINDOW_COLUMNS;
+      const auto one = [=](int offset) {
+        const int index = offset + Config::WINDOW_COLUMNS - 1;
+        if (index < 0 || index > 2 * Config::WINDOW_COLUMNS - 2) return 0.0f;
+        return to_float(load_readonly(rpb + line * (2 * Config::WINDOW_COLUMNS - 1) + index)) * inverse_scale;
+      };
+      memory.bias()[i] = {one(x), one(x + 1), one(x - 1), one(x)};
+    }
+  }
+
+  // Issues the copies of some rows, a warp a row. Columns past the stored ones become zero: what a mask will suppress must not be
+  // NaN, since 0 x NaN is NaN.
+  FASTNA_DEVICE void issue(Interval rows) const {
+    const MapView<const T> key = view(args.key), value = view(args.value), query = view(args.query), grad = view(args.grad_output);
+    for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
+      const u32 slot = row % args.ring_rows;
+      const u32 base = memory.ring(0) + slot * args.pitch * Config::TOKEN;
+      for (int i = lane_index(); i < args.pitch * Config::CHUNKS; i += WARP) {
+        const int column = i / Config::CHUNKS, chunk = i % Config::CHUNKS;
+        const int at = walk.stored_columns.begin + column;
+        const bool valid = at < walk.stored_columns.end;
+        const u32 first = base + column * Config::TOKEN + ((chunk ^ ((column ^ slot) & 7)) << 4);
+        copy_async<16>(first, key.at(row, at) + chunk * 8, valid);
+        copy_async<16>(first ^ Config::SECOND, value.at(row, at) + chunk * 8, valid);
+        copy_async<16>(first + memory.ring_bytes, query.at(row, at) + chunk * 8, valid);
+        copy_async<16>((first ^ Config::SECOND) + memory.ring_bytes, grad.at(row, at) + chunk * 8, valid);
+      }
+    }
+    commit_copies();
+  }
+
+  // Waits for the thread's copies and computes the statistics of the same rows: a thread reads the chunks that it copied itself. The
+  // first loads of the output are under way while it waits.
+  FASTNA_DEVICE void finish(Interval rows) const {
+    constexpr int BATCH = 4;
+    const MapView<const T> output = view(args.output);
+    const int total = args.pitch * Config::CHUNKS;
+    const int lane = lane_index(), chunk = lane % Config::CHUNKS;
+    const i64 lse_column = static_cast<i64>(args.geometry.heads) * args.geometry.axis[2].dilation;
+    for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
+      const u32 slot = row % args.ring_rows;
+      const int token_row = row * args.geometry.axis[1].dilation + walk.place.row_group;
+      const i64 lse_row = ((static_cast<i64>(walk.place.batch) * args.geometry.axis[1].length + token_row) * args.geometry.axis[2].length +
+                           walk.place.column_group) * args.geometry.heads + walk.place.head;
+      for (int base = 0; base < total; base += BATCH * WARP) {
+        uint4 values[BATCH];
+        float lse[BATCH], grad_lse[BATCH];
+        FASTNA_UNROLL
+        for (int n = 0; n < BATCH; ++n) {
+          const int at = walk.stored_columns.begin + (base + n * WARP + lane) / Config::CHUNKS;
+          values[n] = {0, 0, 0, 0};
+          lse[n] = grad_lse[n] = 0.0f;
+          if (at < walk.stored_columns.end) {
+            values[n] = load_readonly(reinterpret_cast<const uint4*>(output.at(row, at) + chunk * 8));
+            if (chunk == 0) {
+              lse[n] = args.lse[lse_row + at * lse_column];
+              if (args.grad_lse != nullptr) grad_lse[n] = args.grad_lse[lse_row + at * lse_column];
+            }
+          }
+        }
+        wait_copies<0>();
+        FASTNA_UNROLL
+        for (int n = 0; n < BATCH; ++n) {
+          const int column = (base + n * WARP + lane) / Config::CHUNKS;
+          float delta = 0.0f;
+          if (column < args.pitch) {
+            const u32 at = (slot * args.pitch + column) * Config::TOKEN + ((chunk ^ ((column ^ slot) & 7)) << 4);
+            const uint4 grad = *reinterpret_cast<const uint4*>(memory.start + memory.ring_bytes + (at ^ Config::SECOND));
+            delta = dot(values[n].x, grad.x) + dot(values[n].y, grad.y) + (dot(values[n].z, grad.z) + dot(values[n].w, grad.w));
+          }
+          FASTNA_UNROLL
+          for (int distance = 1; distance < Config::CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
+          if (chunk == 0 && column < args.pitch) {
+            memory.statistics()[slot * args.pitch + column] = {lse[n] * LOG2_E, delta - grad_lse[n]};
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  FASTNA_DEVICE static float dot(u32 a, u32 b) {
+    const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+    return x.x * y.x + x.y * y.y;
+  }
+};
+
+}  // namespace fastna

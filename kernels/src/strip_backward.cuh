@@ -1,0 +1,353 @@
+// Gradients of small-window neighborhood attention on 2-D maps (arXiv 2204.07143, 2209.15001): all of them in one pass over the
+// operands, without atomics.
+//
+// A block walks down a column tile of a map with everything a step needs in shared memory (fastna/strip_backward_ring.cuh). A warp
+// takes 16 tokens, 8 rows x 2 columns, as the rows of a matrix product whose columns are 8 tokens of one row, and
+//   StripQueries: for 16 queries, over the keys of their windows:      dq = scale ds k,  and the bias gradient
+//   StripKeys:    for 16 keys, over the queries whose windows hold them:  dv = p^T do, dk = scale ds^T q
+// with p = exp(s - lse) and ds = p (do v^T - delta). Scores are computed twice; nothing is summed across warps but the bias gradient,
+// and that in a fixed order.
+#pragma once
+
+#include "fastna/strip_backward_ring.cuh"
+
+namespace fastna {
+
+// What a lane 4 g + q knows of its part of a 16 x 8 product, for the two token columns h = 0, 1 of the left operand.
+struct StripMask {
+  u32 columns[2];      // the pair of right columns 2 q, 2 q + 1 that are in reach of left column h, as 16-bit masks
+  int first_row, rows;  // right rows in reach of left row g, counted from the first row of the sweep
+
+  FASTNA_DEVICE bool reaches(int row) const { return static_cast<u32>(row - first_row) < static_cast<u32>(rows); }
+  FASTNA_DEVICE static u32 pair(Interval reach, int column, int least) {
+    const Interval visible = {maximum(reach.begin, least), reach.end};
+    return (visible.contains(column) ? 0xffffu : 0u) | (visible.contains(column + 1) ? 0xffff0000u : 0u);
+  }
+};
+
+template <class Config>
+struct StripProducts {
+  using T = typename Config::T;
+  static constexpr int K_STEPS = Config::K_STEPS;
+  static constexpr int D_TILES = Config::CHUNKS;
+
+  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand.
+  FASTNA_DEVICE static u32 left_address(u32 ring, const uint2* row_places, Interval rows, int first_row, int column, int columns) {
+    const int lane = lane_index();
+    const int row = minimum(rows.begin + (lane & 7), rows.end - 1) - first_row;
+    const int at = minimum(column + (lane >> 3 & 1), columns - 1);
+    return (row_places[row].x + ring + at * Config::TOKEN) ^ (((lane >> 4) ^ (at & 7)) << 4);
+  }
+  FASTNA_DEVICE static void load_left(u32 (&a)[K_STEPS][4], u32 address) {
+    FASTNA_UNROLL
+    for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(a[k], address ^ (k << 5));
+  }
+
+  // 8 tokens of one row as right operand: chunks 0 to 3 at `address`, 4 to 7 one bit away.
+  struct Right {
+    u32 base, swizzle;
+    FASTNA_DEVICE Right(u32 ring, int column) {
+      const int lane = lane_index(), at = column + (lane & 7);
+      base = ring + at * Config::TOKEN;
+      swizzle = ((lane >> 3) ^ (at & 7)) << 4;
+    }
+    FASTNA_DEVICE u32 address(u32 row_place) const { return (base + row_place) ^ swizzle; }
+  };
+
+  // d += left right^T
+  FASTNA_DEVICE static void multiply_transposed(float (&d)[4], const u32 (&a)[K_STEPS][4], u32 address) {
+    FASTNA_UNROLL
+    for (int k = 0; k < K_STEPS; k += 2) {
+      u32 b[4];
+      load_matrix_x4(b, address ^ (k << 5));
+      mma_m16n8k16<T>(d, a[k], b[0], b[1]);
+      mma_m16n8k16<T>(d, a[k + 1], b[2], b[3]);
+    }
+  }
+  // d += p right, over the tokens of two rows
+  FASTNA_DEVICE static void multiply(float (&d)[D_TILES][4], const u32 (&p)[4], const u32 (&addresses)[2]) {
+    FASTNA_UNROLL
+    for (int c = 0; c < D_TILES; c += 4) {
+      u32 b0[4], b1[4];
+      load_matrix_x4_transposed(b0, addresses[0] ^ (c << 4));
+      load_matrix_x4_transposed(b1, addresses[1] ^ (c << 4));
+      FASTNA_UNROLL
+      for (int i = 0; i < 4; ++i) mma_m16n8k16<T>(d[c + i], p, b0[i], b1[i]);
+    }
+  }
+
+  // Writes 16 tokens times `factor`. Neighbouring lanes trade halves of two chunks, so that a store fills whole 32-byte sectors.
+  FASTNA_DEVICE static void store(const float (&d)[D_TILES][4], float factor, const MapView<T>& view, Interval rows, int column,
+                                  int columns) {
+    const int g = lane_index() >> 2, q = lane_index() & 3, odd = q & 1;
+    FASTNA_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const bool valid = rows.begin + g < rows.end && column + h < columns;
+      T* target = view.at(rows.begin + g, column + h) + odd * 8 + (q >> 1) * 4;
+      FASTNA_UNROLL
+      for (int c = 0; c < D_TILES; c += 2) {
+        const u32 even_chunk = pack2<T>(d[c][2 * h] * factor, d[c][2 * h + 1] * factor);
+        const u32 odd_chunk = pack2<T>(d[c + 1][2 * h] * factor, d[c + 1][2 * h + 1] * factor);
+        const u32 received = shuffle_xor(odd != 0 ? even_chunk : odd_chunk, 1);
+        const uint2 half = odd != 0 ? uint2{received, odd_chunk} : uint2{even_chunk, received};
+        if (valid) *reinterpret_cast<uint2*>(target + c * 8) = half;
+      }
+    }
+  }
+};
+
+// Sums ds over the pairs of a warp by offset (key - query). A product with a one-hot left operand gathers equal row offsets:
+// line m of the sum takes query row r of key row j where j - r is the offset m. Columns hold one offset each while the distance of
+// the 8 key columns to the pair of query columns stays the same; `flush` adds them to the warp's table.
+template <class Config>
+struct StripBiasGradient {
+  using T = typename Config::T;
+  static constexpr u32 ONE = is_same<T, bf16> ? 0x3f80 : 0x3c00;
+
+  float sum[2][4] = {};
+  float* table;
+  int distance = 0;
+
+  FASTNA_DEVICE explicit StripBiasGradient(float* table_) : table(table_) {}
+
+  FASTNA_DEVICE void begin(int key_distance) {
+    if (key_distance != distance) flush();
+    distance = key_distance;
+  }
+  // `ds` of two key rows; `line` is the offset's index for the first of them and query row 0.
+  FASTNA_DEVICE void add(const u32 (&ds)[4], int line) {
+    const int e = line - (lane_index() & 3) * 2 - (lane_index() >> 2);
+    const u32 select[4] = {one_hot(e), one_hot(e - 8), one_hot(e + 1), one_hot(e - 7)};
+    mma_m16n8k16<T>(sum[0], select, move_matrix(ds[0]), move_matrix(ds[2]));
+    mma_m16n8k16<T>(sum[1], select, move_matrix(ds[1]), move_matrix(ds[3]));
+  }
+  FASTNA_DEVICE void flush() {
+    constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1;
+    const int g = lane_index() >> 2, q = lane_index() & 3;
+    FASTNA_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      FASTNA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int line = g + (i >> 1) * 8, offset = distance + q * 2 + (i & 1) - h + Config::WINDOW_COLUMNS - 1;
+        if (line < Config::BIAS_LINES && offset >= 0 && offset < WIDTH) table[line * WIDTH + offset] += sum[h][i];
+        sum[h][i] = 0.0f;
+      }
+      sync_warp();
+    }
+  }
+
+ private:
+  FASTNA_DEVICE static u32 one_hot(int e) { return e == 0 ? ONE : e == 1 ? ONE << 16 : 0; }
+};
+
+template <class Config>
+struct StripBackward {
+  using T = typename Config::T;
+  using Products = StripProducts<Config>;
+  using Walk = StripBackwardWalk<Config>;
+
+  const StripBackwardArguments& args;
+  const Walk& walk;
+  const StripBackwardMemory<Config>& memory;
+
+  // First of the 8 stored columns multiplied when those from map column `column` are wanted.
+  FASTNA_DEVICE int stored_column(int column) const {
+    return minimum(column - walk.stored_columns.begin, args.pitch - KEY_COLUMNS);
+  }
+  FASTNA_DEVICE const float4* bias_column(int offset) const {
+    return memory.bias() + minimum(maximum(offset + Config::WINDOW_COLUMNS, 0), Config::BIAS_LINE - 1);
+  }
+
+  // The gradient of the queries of `own` rows in columns `column`, `column` + 1.
+  FASTNA_DEVICE void queries(Interval own, int column, StripBiasGradient<Config>& bias_gradient) const {
+    const int g = lane_index() >> 2, q = lane_index() & 3;
+    const float scale2 = args.geometry.scale * LOG2_E;
+    const int second = minimum(column + 1, walk.columns.end - 1);
+    const Interval key_rows = walk.keys_of_rows(own);
+    const Interval key_columns = walk.keys_of_columns({column, second + 1});
+    const uint2* places = memory.row_places() + (key_rows.begin - walk.first_row);
+
+    u32 query[Config::K_STEPS][4], grad[Config::K_STEPS][4];
+    const int local = column - walk.stored_columns.begin, columns = walk.columns.end - walk.stored_columns.begin;
+    const u32 left = Products::left_address(memory.ring(1), memory.row_places(), own, walk.first_row, local, columns);
+    Products::load_left(query, left);
+    Products::load_left(grad, left ^ Config::SECOND);
+    const int row = minimum(own.begin + g, own.end - 1);
+    const u32 statistics = memory.row_places()[row - walk.first_row].y / 8 + local;
+    const float2 of0 = memory.statistics()[statistics], of1 = memory.statistics()[statistics + second - column];
+
+    StripMask mask;
+    mask.first_row = window_at(typename Walk::RowAxis{}, row, walk.place.rows).begin - key_rows.begin;
+    mask.rows = own.begin + g < own.end ? Config::WINDOW_ROWS : 0;
+
+    float dq[Products::D_TILES][4] = {};
+    for (int start = key_columns.begin; start < key_columns.end; start += KEY_COLUMNS) {
+      const int stored = stored_column(start), first = stored + walk.stored_columns.begin;
+      mask.columns[0] = StripMask::pair(walk.keys_of_columns({column, column + 1}), first + 2 * q, start);
+      mask.columns[1] = second == column ? 0 : StripMask::pair(walk.keys_of_columns({second, second + 1}), first + 2 * q, start);
+      const typename Products::Right right(memory.ring(0), stored);
+      const float4* bias = Config::HAS_RPB ? bias_column(first + 2 * q - column) : nullptr;
+      const int line = key_rows.begin - own.begin + Config::WINDOW_ROWS - 1;
+      if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(first - column);
+
+      for (int j = 0; j < key_rows.size(); j += 2) {
+        // Past the last row its predecessor again: masked, but no NaN.
+        const u32 addresses[2] = {right.address(places[j].x), right.address(places[minimum(j + 1, key_rows.size() - 1)].x)};
+        u32 ds[4];
+        FASTNA_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const bool reached = mask.reaches(j + n);
+          float s[4] = {}, dp[4] = {};
+          if constexpr (Config::HAS_RPB) {
+            const float4 initial = bias[reached ? (line + j + n - g) * Config::BIAS_LINE : 0];
+            s[0] = initial.x, s[1] = initial.y, s[2] = initial.z, s[3] = initial.w;
+          }
+          Products::multiply_transposed(s, query, addresses[n]);
+          Products::multiply_transposed(dp, grad, addresses[n] ^ Config::SECOND);
+          const u32 rows = reached ? 0xffffffffu : 0u;
+          // Masked as bits: a score outside the window may overflow, and infinity times anything is not zero.
+          ds[2 * n] = pack2<T>(exp2_approx(s[0] * scale2 - of0.x) * (dp[0] - of0.y), exp2_approx(s[1] * scale2 - of0.x) * (dp[1] - of0.y)) &
+                      mask.columns[0] & rows;
+          ds[2 * n + 1] = pack2<T>(exp2_approx(s[2] * scale2 - of1.x) * (dp[2] - of1.y), exp2_approx(s[3] * scale2 - of1.x) * (dp[3] - of1.y)) &
+                          mask.columns[1] & rows;
+        }
+        if constexpr (Config::RPB_GRADIENT) bias_gradient.add(ds, line + j);
+        Products::multiply(dq, ds, addresses);
+      }
+    }
+    Products::store(dq, args.geometry.scale, view(args.grad_query), own, column, walk.columns.end);
+  }
+
+  // The gradients of the keys and values of `own` rows in columns `column`, `column` + 1. Near a border more than 8 query columns may
+  // reach them: a second sweep then, over the rest.
+  FASTNA_DEVICE void keys(Interval own, int column) const {
+    const int g = lane_index() >> 2, q = lane_index() & 3;
+    const float scale2 = args.geometry.scale * LOG2_E;
+    const int second = minimum(column + 1, walk.columns.end - 1);
+    const Interval query_rows = walk.queries_of_rows(own);
+    const Interval query_columns = walk.queries_of_columns({column, second + 1});
+    const uint2* places = memory.row_places() + (query_rows.begin - walk.first_row);
+
+    u32 key[Config::K_STEPS][4], value[Config::K_STEPS][4];
+    const int local = column - walk.stored_columns.begin, columns = walk.columns.end - walk.stored_columns.begin;
+    const u32 left = Products::left_address(memory.ring(0), memory.row_places(), own, walk.first_row, local, columns);
+    Products::load_left(key, left);
+    Products::load_left(value, left ^ Config::SECOND);
+
+    StripMask mask;
+    const Interval reach = queries_at(typename Walk::RowAxis{}, minimum(own.begin + g, own.end - 1), walk.place.rows);
+    mask.first_row = reach.begin - query_rows.begin;
+    mask.rows = own.begin + g < own.end ? reach.size() : 0;
+
+    float dk[Products::D_TILES][4] = {}, dv[Products::D_TILES][4] = {};
+    for (int start = query_columns.begin; start < query_columns.end; start += KEY_COLUMNS) {
+      const int stored = stored_column(start), first = stored + walk.stored_columns.begin;
+      mask.columns[0] = StripMask::pair(walk.queries_of_columns({column, column + 1}), first + 2 * q, start);
+      mask.columns[1] = StripMask::pair(walk.queries_of_columns({second, second + 1}), first + 2 * q, start);
+      const typename Products::Right right(memory.ring(1), stored);
+      const float4* bias = Config::HAS_RPB ? bias_column(column - first - 2 * q) : nullptr;
+      const int line = own.begin - query_rows.begin + Config::WINDOW_ROWS - 1;
+      const float2* statistics = memory.statistics() + stored + 2 * q;
+
+      for (int i = 0; i < query_rows.size(); i += 2) {
+        const uint2 place[2] = {places[i], places[minimum(i + 1, query_rows.size() - 1)]};
+        const u32 addresses[2] = {right.address(place[0].x), right.address(place[1].x)};
+        u32 p[4], ds[4];
+        FASTNA_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          const bool reached = mask.reaches(i + n);
+          float s[4] = {}, dp[4] = {};
+          if constexpr (Config::HAS_RPB) {
+            const float4 initial = bias[reached ? (line - i - n + g) * Config::BIAS_LINE : 0];
+            s[0] = initial.x, s[1] = initial.z, s[2] = initial.y, s[3] = initial.w;
+          }
+          Products::multiply_transposed(s, key, addresses[n]);
+          Products::multiply_transposed(dp, value, addresses[n] ^ Config::SECOND);
+          const float2 of0 = statistics[place[n].y / 8], of1 = statistics[place[n].y / 8 + 1];
+          const float p0 = exp2_approx(s[0] * scale2 - of0.x), p1 = exp2_approx(s[1] * scale2 - of1.x);
+          const float p2 = exp2_approx(s[2] * scale2 - of0.x), p3 = exp2_approx(s[3] * scale2 - of1.x);
+          const u32 rows = reached ? 0xffffffffu : 0u;
+          p[2 * n] = pack2<T>(p0, p1) & mask.columns[0] & rows;
+          p[2 * n + 1] = pack2<T>(p2, p3) & mask.columns[1] & rows;
+          ds[2 * n] = pack2<T>(p0 * (dp[0] - of0.y), p1 * (dp[1] - of1.y)) & mask.columns[0] & rows;
+          ds[2 * n + 1] = pack2<T>(p2 * (dp[2] - of0.y), p3 * (dp[3] - of1.y)) & mask.columns[1] & rows;
+        }
+        Products::multiply(dk, ds, addresses);
+        const u32 second_addresses[2] = {addresses[0] ^ Config::SECOND, addresses[1] ^ Config::SECOND};
+        Products::multiply(dv, p, second_addresses);
+      }
+    }
+    Products::store(dk, args.geometry.scale, view(args.grad_key), own, column, walk.columns.end);
+    Products::store(dv, 1.0f, view(args.grad_value), own, column, walk.columns.end);
+  }
+
+  FASTNA_DEVICE MapView<T> view(const TensorArguments& tensor) const {
+    return map_view<T>(tensor, args.geometry, walk.place, walk.place.batch, walk.place.head);
+  }
+};
+
+template <class Config>
+FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
+  constexpr int THREADS = Config::WARPS * WARP;
+  const StripBackwardWalk<Config> walk(args);
+  const StripBackwardMemory<Config> memory(args);
+  float* part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
+  if (walk.is_empty()) {
+    if constexpr (Config::RPB_GRADIENT) {
+      for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) part[i] = 0.0f;
+    }
+    return;
+  }
+  const StripBackwardLoader<Config> loader{args, walk, memory};
+  const StripBackward<Config> backward{args, walk, memory};
+
+  Interval own = walk.step(walk.rows.begin, args.step_rows);
+  Interval needed = walk.needed_rows(own);
+  Interval fresh = needed;
+  loader.issue(fresh);
+  loader.fill_row_places();
+  if constexpr (Config::HAS_RPB) loader.fill_bias();
+  if constexpr (Config::RPB_GRADIENT) {
+    for (int i = thread_index(); i < Config::WARPS * Config::OFFSETS; i += THREADS) memory.bias_gradient()[i] = 0.0f;
+  }
+  StripBiasGradient<Config> bias_gradient(memory.bias_gradient() + warp_index() * Config::OFFSETS);
+
+  const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS);
+  int item = warp_index();
+  while (true) {
+    loader.finish(fresh);
+    sync_threads();
+    // The next step's rows come in while this one's are used, if the ring has room for both.
+    const Interval next = walk.step(own.end, args.step_rows);
+    const bool is_last = own.end >= walk.rows.end;
+    const Interval next_needed = is_last ? needed : walk.needed_rows(next);
+    fresh = {needed.end, next_needed.end};
+    const bool ahead = next_needed.end - needed.begin <= args.ring_rows;
+    if (!is_last && ahead) loader.issue(fresh);
+
+    for (; item < pairs; item += Config::WARPS) {
+      backward.queries(own, walk.columns.begin + item * QUERY_COLUMNS, bias_gradient);
+    }
+    if constexpr (Config::RPB_GRADIENT) bias_gradient.flush();
+    for (; item < 2 * pairs; item += Config::WARPS) backward.keys(own, walk.columns.begin + (item - pairs) * QUERY_COLUMNS);
+    item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
+    if (is_last) break;
+    if (!ahead) {
+      sync_threads();
+      loader.issue(fresh);
+    }
+    own = next;
+    needed = next_needed;
+  }
+
+  if constexpr (Config::RPB_GRADIENT) {
+    sync_threads();
+    for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) {
+      float sum = 0.0f;
+      for (int warp = 0; warp < Config::WARPS; ++warp) sum += memory.bias_gradient()[warp * Config::OFFSETS + i];
+      part[i] = sum;
+    }
+  }
+}
+
+}  // namespace fastna
