@@ -1,7 +1,7 @@
 """Kernel family `block`: dense dilation groups of at most 64 tokens, forward and backward, in half precision.
 
-Where window x dilation = length on every axis there is nothing to slide and nothing to mask: DiNAT's dilated layers at 224
-pixels (56 / 8, 28 / 4, 14 / 2) and every model's 7 x 7 stage. See include/fastna/block_layout.cuh.
+Where window x dilation = length on every axis there is nothing to slide and nothing to mask: DiNAT's dilated layers at
+224 pixels (56 / 8, 28 / 4, 14 / 2) and every model's 7 x 7 stage. See include/fastna/block_layout.cuh.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def backward(
     output, lse = aligned(output.contiguous()), lse.contiguous()
     grad_output = aligned(grad_output)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    grads = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
+    grad_query, grad_key, grad_value = (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
+    )
     strides = (query.stride(), key.stride(), value.stride(), grad_output.stride())
     needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
     plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad)
@@ -175,7 +177,9 @@ def backward(
         value.data_ptr(),
         output.data_ptr(),
         grad_output.data_ptr(),
-        *(grad.data_ptr() for grad in grads),
+        grad_query.data_ptr(),
+        grad_key.data_ptr(),
+        grad_value.data_ptr(),
         lse.data_ptr(),
         0 if grad_lse is None else grad_lse.data_ptr(),
         0 if rpb is None else rpb.data_ptr(),
@@ -183,14 +187,19 @@ def backward(
     )
     runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
     grad_rpb = None if partial_sums is None else partial_sums.sum(0).to(problem.rpb_dtype)
-    return Gradients(*grads, rpb=grad_rpb)
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb)
 
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_forward(
     problem: Problem, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[Plan, bytes]:
-    plan = plan_forward(problem, forward_tuning(problem), runtime.properties(problem.device).multiprocessors)
+    plan = plan_forward(
+        problem,
+        forward_tuning(problem),
+        runtime.properties(problem.device).multiprocessors,
+        alike=query == key == value,
+    )
     packed = BLOCK_FORWARD.pack(
         query=pack_tensor(query, problem.rank),
         key=pack_tensor(key, problem.rank),
@@ -213,6 +222,8 @@ def _prepared_backward(
         runtime.properties(problem.device).multiprocessors,
         has_grad_lse=has_grad_lse,
         needs_rpb_grad=needs_rpb_grad,
+        alike=strides[0] == strides[1] == strides[2],
+        grad_contiguous=strides[3] == _contiguous(problem),
     )
     query, key, value, grad_output = (pack_tensor(stride, problem.rank) for stride in strides)
     packed = BLOCK_BACKWARD.pack(
@@ -236,17 +247,32 @@ def backward_tuning(problem: Problem) -> Tuning:
     return Tuning(stages=2, blocks=3) if problem.head_dim == 32 else Tuning(stages=2, blocks=2)
 
 
-def plan_forward(problem: Problem, tuning: Tuning, multiprocessors: int) -> Plan:
-    config = instantiate("BlockForwardConfig", *_common(problem, tuning), problem.has_rpb)
+def plan_forward(problem: Problem, tuning: Tuning, multiprocessors: int, *, alike: bool = True) -> Plan:
+    """`alike`: query, key and value have the same strides, which saves arithmetic."""
+    config = instantiate("BlockForwardConfig", *_common(problem, tuning), problem.has_rpb, alike)
     stage_bytes = 3 * _padded(problem) * problem.head_dim * 2
     return _plan(problem, tuning, multiprocessors, "block_forward", config, tuning.stages * stage_bytes)
 
 
 def plan_backward(
-    problem: Problem, tuning: Tuning, multiprocessors: int, *, has_grad_lse: bool, needs_rpb_grad: bool
+    problem: Problem,
+    tuning: Tuning,
+    multiprocessors: int,
+    *,
+    has_grad_lse: bool = False,
+    needs_rpb_grad: bool = True,
+    alike: bool = True,
+    grad_contiguous: bool = True,
 ) -> Plan:
+    """`alike`: query, key and value have the same strides; `grad_contiguous`: grad_output is contiguous."""
     config = instantiate(
-        "BlockBackwardConfig", *_common(problem, tuning), problem.has_rpb, has_grad_lse, needs_rpb_grad
+        "BlockBackwardConfig",
+        *_common(problem, tuning),
+        problem.has_rpb,
+        has_grad_lse,
+        needs_rpb_grad,
+        alike,
+        grad_contiguous,
     )
     stage_bytes = 5 * _padded(problem) * problem.head_dim * 2 + 2 * _padded(problem) * 4
     shared_bytes = 2 * _padded(problem) * 128 + tuning.stages * stage_bytes

@@ -21,7 +21,7 @@ struct BlockBackwardArguments {
 };
 
 template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW0_, int WINDOW1_, int WINDOW2_, int STAGES_, bool HAS_RPB_, bool HAS_GRAD_LSE_,
-          bool NEEDS_RPB_GRAD_>
+          bool NEEDS_RPB_GRAD_, bool ALIKE_, bool GRAD_CONTIGUOUS_>
 struct BlockBackwardConfig {
   using T = T_;
   using Rpb = Rpb_;
@@ -29,6 +29,8 @@ struct BlockBackwardConfig {
   using Shape = BlockShape<WINDOW0, WINDOW1, WINDOW2>;
   static constexpr int HEAD_DIM = HEAD_DIM_, STAGES = STAGES_;
   static constexpr bool HAS_RPB = HAS_RPB_, HAS_GRAD_LSE = HAS_GRAD_LSE_, NEEDS_RPB_GRAD = NEEDS_RPB_GRAD_;
+  static constexpr bool ALIKE = ALIKE_;  // query, key and value have the same strides
+  static constexpr bool GRAD_CONTIGUOUS = GRAD_CONTIGUOUS_;  // grad_output is strided as output
   static constexpr int TILE_BYTES = Shape::PADDED * HEAD_DIM * 2;
   // query, key, value, grad_output, output; then lse and grad_lse
   static constexpr int LSE_AT = 5 * TILE_BYTES, STAGE_BYTES = LSE_AT + 2 * Shape::PADDED * 4;
@@ -86,8 +88,11 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
   u8* shared = dynamic_shared<u8>();
   const u32 weights_at = shared_address(shared + Config::WEIGHTS_AT), scores_at = shared_address(shared + Config::SCORES_AT);
 
-  const TokenCopy<Shape, HEAD_DIM> query_copy(args.query, geometry), key_copy(args.key, geometry), value_copy(args.value, geometry),
-      grad_copy(args.grad_output, geometry), output_copy(args.output, geometry);
+  using Copy = TokenCopy<Shape, HEAD_DIM>;
+  const Copy query_copy(args.query, geometry), output_copy(args.output, geometry);
+  const Copy key_copy = Config::ALIKE ? query_copy : Copy(args.key, geometry);
+  const Copy value_copy = Config::ALIKE ? query_copy : Copy(args.value, geometry);
+  const Copy grad_copy = Config::GRAD_CONTIGUOUS ? output_copy : Copy(args.grad_output, geometry);
   const int copied_token = thread_index() % Shape::PADDED;  // THREADS is twice PADDED: one half copies lse, the other its gradient
   const float* lse = thread_index() < Shape::PADDED ? args.lse : args.grad_lse;
   const bool copies_lse = copied_token < Shape::TOKENS && (Config::HAS_GRAD_LSE || thread_index() < Shape::PADDED);
@@ -100,8 +105,11 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
     const u32 index = slice + static_cast<u32>(n) * args.slices;
     if (n % WARP == 0) chunks.refresh(tensors, geometry, head, index, args.slices);
     u32 chunk[5];
-    FASTNA_UNROLL
-    for (int k = 0; k < 5; ++k) chunk[k] = chunks.at(k, n % WARP);
+    chunk[0] = chunks.at(0, n % WARP);
+    chunk[1] = Config::ALIKE ? chunk[0] : chunks.at(1, n % WARP);
+    chunk[2] = Config::ALIKE ? chunk[0] : chunks.at(2, n % WARP);
+    chunk[4] = chunks.at(4, n % WARP);
+    chunk[3] = Config::GRAD_CONTIGUOUS ? chunk[4] : chunks.at(3, n % WARP);
     output_chunk[STAGES - 1] = chunk[4];
     if (index < static_cast<u32>(args.items)) {
       const u32 tile = shared_address(shared + Config::STAGES_AT + stage * Config::STAGE_BYTES);

@@ -14,13 +14,14 @@ struct BlockForwardArguments {
   int items, slices;  // groups x batch; blocks per head
 };
 
-template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW0, int WINDOW1, int WINDOW2, int STAGES_, bool HAS_RPB_>
+template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW0, int WINDOW1, int WINDOW2, int STAGES_, bool HAS_RPB_, bool ALIKE_>
 struct BlockForwardConfig {
   using T = T_;
   using Rpb = Rpb_;
   using Shape = BlockShape<WINDOW0, WINDOW1, WINDOW2>;
   static constexpr int HEAD_DIM = HEAD_DIM_, STAGES = STAGES_;
   static constexpr bool HAS_RPB = HAS_RPB_;
+  static constexpr bool ALIKE = ALIKE_;  // query, key and value have the same strides
   static constexpr int TILE_BYTES = Shape::PADDED * HEAD_DIM * 2;
   static constexpr int STAGE_BYTES = 3 * TILE_BYTES;  // query, key, value
   static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
@@ -39,14 +40,19 @@ FASTNA_DEVICE void block_forward(const BlockForwardArguments& args) {
   u8* shared = dynamic_shared<u8>();
   const u32 shared_at = shared_address(shared);
 
-  const TokenCopy<Shape, HEAD_DIM> query_copy(args.query, geometry), key_copy(args.key, geometry), value_copy(args.value, geometry);
+  using Copy = TokenCopy<Shape, HEAD_DIM>;
+  const Copy query_copy(args.query, geometry);
+  const Copy key_copy = Config::ALIKE ? query_copy : Copy(args.key, geometry);
+  const Copy value_copy = Config::ALIKE ? query_copy : Copy(args.value, geometry);
   const TensorArguments* const tensors[4] = {&args.query, &args.key, &args.value, &args.output};
   ItemChunks<4> chunks;
   u32 output_chunk[STAGES];  // of this block's items from the one in work to the one copied last
   const auto load = [&](int n, int stage) {
     const u32 index = slice + static_cast<u32>(n) * args.slices;
     if (n % WARP == 0) chunks.refresh(tensors, geometry, head, index, args.slices);
-    const u32 query_chunk = chunks.at(0, n % WARP), key_chunk = chunks.at(1, n % WARP), value_chunk = chunks.at(2, n % WARP);
+    const u32 query_chunk = chunks.at(0, n % WARP);
+    const u32 key_chunk = Config::ALIKE ? query_chunk : chunks.at(1, n % WARP);
+    const u32 value_chunk = Config::ALIKE ? query_chunk : chunks.at(2, n % WARP);
     output_chunk[STAGES - 1] = chunks.at(3, n % WARP);
     if (index < static_cast<u32>(args.items)) {
       const u32 tile = shared_at + stage * Config::STAGE_BYTES;

@@ -150,14 +150,14 @@ FASTNA_DEVICE void stage_rows(u8* tile, const float (&rows)[HEAD_DIM / 8][4], fl
 template <class Shape, int HEAD_DIM, class T>
 FASTNA_DEVICE void store_rows(T* origin, const int (&to)[2], const u8* tile) {
   using Layout = TokenLayout<HEAD_DIM>;
-  const int lane = lane_index(), g = lane / 4, q = lane % 4;
+  const int lane = lane_index(), g = lane / 4, q = lane % 4, first_row = warp_index() * 16;
   FASTNA_UNROLL
   for (int k = 0; k < 2; ++k) {
-    const int token = warp_index() * 16 + g + 8 * k;
-    if (token < Shape::TOKENS) {
+    if (first_row + g + 8 * k < Shape::TOKENS) {
       FASTNA_UNROLL
       for (int i = 0; i < HEAD_DIM / 32; ++i) {
-        store_global_16(origin + to[k] + 32 * i, *reinterpret_cast<const uint4*>(tile + Layout::offset(token, q + 4 * i)));
+        const u8* from = tile + (first_row + 8 * k) * Layout::BYTES + Layout::offset(g, q + 4 * i);
+        store_global_16(origin + to[k] + 32 * i, *reinterpret_cast<const uint4*>(from));
       }
     }
   }
@@ -166,13 +166,14 @@ FASTNA_DEVICE void store_rows(T* origin, const int (&to)[2], const u8* tile) {
 // Addresses for ldmatrix.x4 in a tile of TokenLayout: row0, the first of 16 tokens (or of 8), and chunk, the first of two (or of four).
 //   left operand, 16 tokens x 2 chunks; right operand contracted over channels, 8 tokens x 4 chunks;
 //   right operand contracted over tokens (transposed), 16 tokens x 2 chunks
+// row0 is a multiple of 8, which the swizzle does not see.
 template <int HEAD_DIM>
 FASTNA_DEVICE u32 left_rows(u32 tile, int row0, int chunk) {
-  return tile + TokenLayout<HEAD_DIM>::offset(row0 + lane_index() % 16, chunk + lane_index() / 16);
+  return tile + row0 * TokenLayout<HEAD_DIM>::BYTES + TokenLayout<HEAD_DIM>::offset(lane_index() % 16, chunk + lane_index() / 16);
 }
 template <int HEAD_DIM>
 FASTNA_DEVICE u32 right_rows(u32 tile, int row0, int chunk) {
-  return tile + TokenLayout<HEAD_DIM>::offset(row0 + lane_index() % 8, chunk + lane_index() / 8);
+  return tile + row0 * TokenLayout<HEAD_DIM>::BYTES + TokenLayout<HEAD_DIM>::offset(lane_index() % 8, chunk + lane_index() / 8);
 }
 
 // product (16 x 8) += left (16 x HEAD_DIM) right^T (8 tokens from row0 of a tile).
