@@ -1,17 +1,17 @@
 """The frame around an entry point: Hydra composes, errors of the user's become one line."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import hydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from training.config import CONFIG_DIRECTORY, register_schemas
-from training.errors import UserError, one_line
+from training.errors import UserError, did_you_mean, one_line
 
 
 def run_command(config_name: str, command: Callable[[DictConfig], None]) -> None:
@@ -22,20 +22,41 @@ def run_command(config_name: str, command: Callable[[DictConfig], None]) -> None
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing several lines and exiting
     register_schemas()
+    failures: list[UserError] = []
+
+    @functools.wraps(command)
+    def guarded(config: DictConfig) -> None:
+        try:
+            command(config)
+        except UserError as error:  # raised through Hydra it would gain a line of Hydra's
+            failures.append(error)
+
     try:
-        hydra.main(version_base="1.3", config_path=CONFIG_DIRECTORY, config_name=config_name)(command)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+        hydra.main(version_base="1.3", config_path=CONFIG_DIRECTORY, config_name=config_name)(guarded)()
+    except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    if failures:
+        raise SystemExit(1)
 
 
 def describe(error: BaseException) -> str:
-    """One line that names the key or value, with the nearest valid key where there is one."""
-    text = one_line(str(error).split("\nTo append to your config")[0])
-    cause = error.__cause__ or error
-    key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
-    if key is not None and isinstance(parent, DictConfig):
-        near = get_close_matches(str(key), [str(k) for k in parent], n=1)
-        if near:
-            text += f"; did you mean {near[0]!r}?"
-    return text
+    """One line that names the key or value that Hydra refused, with the nearest valid word where there is one."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        options = sorted(error.options)
+        return f"{group}={choice}: there is no {error.missing_cfg_file} in configs/{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
+    text = one_line(str(error))
+    cause = error.__cause__
+    if not isinstance(cause, OmegaConfBaseException):
+        return text
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        full = str(cause.full_key or cause.key)
+        if ".kwargs." in full:
+            return f"{full}: not given so far; to add it write +{full}=..."
+        parent = cause.parent_node
+        known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+        return f"{full}: there is no such key{did_you_mean(str(cause.key), known)}"
+    return f"{text.rstrip('.')}: {one_line(str(cause.msg or cause).splitlines()[0])}"

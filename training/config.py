@@ -111,7 +111,7 @@ def require_split(validation: float, test: float) -> None:
 class DigitsConfig(DataConfig):
     """scikit-learn's 1,797 handwritten digits, split by a fixed, stratified draw."""
 
-    validation_fraction: float = 0.15
+    validation_fraction: float = 0.1
     test_fraction: float = 0.15
     split_seed: int = 0
     classes: list[int] | None = None  # only these digits, e.g. [0, 1, 2, 3, 4]

@@ -30,7 +30,7 @@ from training.errors import CheckpointError, ConfigError, UserError, one_line
 from training.evaluation import Figures, compute_figures, figures_table, write_figures
 from training.files import write_text
 from training.module import Classifier
-from training.optimization import scale_rate
+from training.optimization import build_optimizer, scale_rate
 from training.randomness import INIT, derive_seed, seed_generators
 from training.report import write_report
 
@@ -79,19 +79,21 @@ def train(config: TrainConfig) -> Outcome:
         callbacks=run_callbacks(config, planned),
     )
     scaling = scale_rate(config.optimizer, config.data.batch_size, trainer.world_size, config.trainer.accumulate)
+    build_optimizer(model, config.optimizer, scaling.rate)  # refused here, before anything is written
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     log.info("%s: %s trainable parameters, %d classes", config.model.name, f"{weights:,}", len(splits.classes))
     log.info("%s", scaling)
     log.info("run folder %s%s", planned, f", resumed from {saved.path.name}" if saved is not None else "")
-    for logger in loggers:
-        logger.log_hyperparams({**_flat(to_plain(config)), "global_batch": scaling.global_batch, "rate": scaling.rate})
     try:
+        for logger in loggers:
+            logged = {**_flat(to_plain(config)), "global_batch": scaling.global_batch, "rate": scaling.rate}
+            logger.log_hyperparams(logged)
         if rank_zero_only.rank == 0 and not config.trainer.fast_dev_run:
             write_text(planned / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except UserError:
         if fresh and trainer.is_global_zero and not (planned / FOLDER / LAST).exists():
-            shutil.rmtree(planned, ignore_errors=True)
+            discard(planned)
         raise
     folder = Path(trainer.strategy.broadcast(str(planned)))
     best = folder / FOLDER / BEST
@@ -179,6 +181,13 @@ def planned_folder(config: TrainConfig) -> Path:
         taken += 1
         folder = parent / f"{name}-{taken}"
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Remove a run's folder, and the folder of its experiment where nothing else lies in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
 
 
 def find_resumed(config: TrainConfig) -> SavedRun | None:
