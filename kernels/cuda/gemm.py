@@ -1,7 +1,7 @@
 """`gemm`: neighborhood attention as three batched GEMMs with fused gather and scatter (arXiv 2403.04690, section 3).
 
-Pointwise-neighbourhood makes the scores and their gradient, neighbourhood-neighbourhood the output and the query's
-gradient, inverse neighbourhood the key's and value's gradients. A tile is a box of 64 queries or keys inside one dilation
+Pointwise-neighbourhood makes the scores and their gradient, neighbourhood-neighbourhood the output and the gradient of
+query, inverse neighbourhood the gradients of key and value. A tile is a box of 64 queries or keys inside one dilation
 group; it meets a box of keys or queries that starts anywhere. 16-bit types run on the tensor cores; so does float32
 where PyTorch allows TF32, and is exact otherwise. The paper has ranks 1 and 2; rank 3 works alike.
 """
@@ -149,11 +149,25 @@ def _part_of(channels: int) -> tuple[int, int]:
     return -(-channels // (parts * 16)) * 16, parts
 
 
-def _source(name: str, dtype: torch.dtype, tf32: bool, rank: int, *parameters: object) -> KernelSource:
-    """Kernel src/gemm_NAME.cuh for one type and rank."""
+def _blocks_at_once(name: str, dtype: torch.dtype, part: int) -> int:
+    """Blocks that a multiprocessor shall hold, to hide each other's gathers: as many as the registers allow."""
+    narrow = dtype.itemsize == 2
+    if name == "scores":
+        return 6 if narrow else 3
+    if part <= 64:
+        return 5 if part <= 32 else 4
+    return 3 if narrow else 2
+
+
+def _source(
+    name: str, dtype: torch.dtype, tf32: bool, rank: int, *parameters: object, part: int | None = None
+) -> KernelSource:
+    """Kernel src/gemm_NAME.cuh for one type and rank; `part` is that of the two sums."""
     camel = f"Gemm{name.capitalize()}"
-    config = instantiate(f"{camel}Config", dtype, tf32 and dtype == torch.float32, rank, *parameters)
-    return KernelSource(f"src/gemm_{name}.cuh", f"gemm_{name}", config, f"{camel}Arguments", THREADS)
+    leading = () if part is None else (part,)
+    config = instantiate(f"{camel}Config", dtype, tf32 and dtype == torch.float32, rank, *leading, *parameters)
+    blocks = _blocks_at_once(name, dtype, part or 0)
+    return KernelSource(f"src/gemm_{name}.cuh", f"gemm_{name}", config, f"{camel}Arguments", THREADS, blocks)
 
 
 @lru_cache(maxsize=1024)
@@ -203,7 +217,7 @@ def _output_plan(
         channels=channels,
         factor=factor,
     )
-    source = _source("output", problem.dtype, tf32, problem.rank, part)
+    source = _source("output", problem.dtype, tf32, problem.rank, part=part)
     return source, count * problem.heads * parts, shared, packed
 
 
@@ -229,7 +243,7 @@ def _inverse_plan(
         factor=factor,
         tokens_per_share=tokens,
     )
-    kernel = _source("inverse", problem.dtype, tf32, problem.rank, part, additional)
+    kernel = _source("inverse", problem.dtype, tf32, problem.rank, additional, part=part)
     return kernel, blocks * shares, shared, shares, packed
 
 
@@ -296,9 +310,9 @@ def representative_sources() -> Iterable[KernelSource]:
     for (dtype, tf32), rank in itertools.product(kinds, (1, 2, 3)):
         for mode in ("SCORE", "WEIGHT", "GRADIENT"):
             yield _source("scores", dtype, tf32, rank, f"ScoreMode::{mode}")
-        for part in (32, MAX_PART):
-            yield _source("output", dtype, tf32, rank, part)
+        for part in (32, 64, MAX_PART):
+            yield _source("output", dtype, tf32, rank, part=part)
             for additional in (False, True):
-                yield _source("inverse", dtype, tf32, rank, part, additional)
+                yield _source("inverse", dtype, tf32, rank, additional, part=part)
         if not tf32:
             yield from representative_weights_sources(dtype, rank)
