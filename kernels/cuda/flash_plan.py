@@ -6,6 +6,7 @@ Sizes in bytes mirror the layouts at the head of src/flash_*.cuh.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,7 @@ def rpb_entries(problem: Problem) -> int:
 def plan_forward(problem: Problem, arithmetic: Arithmetic, vector: int) -> Plan:
     widest = padded(max(problem.head_dim, problem.value_dim)) * arithmetic.itemsize
     columns = 64 if widest <= 256 else 32 if widest <= 512 else 16
-    resident = arithmetic.is_16_bit and problem.head_dim <= 64
+    resident = arithmetic.is_16_bit and problem.head_dim <= 32
 
     def shared(choice: Choice) -> int:
         head, value = _pitches(choice)
@@ -152,14 +153,13 @@ def plan_query_gradient(problem: Problem, arithmetic: Arithmetic, vector: int, n
         return tiles + _windows(choice) + bias + scores + table
 
     choice, shared_bytes = _fit(problem, arithmetic, vector, _gradient_columns(widest), resident, False, shared)
-    blocks = (3 if not problem.has_rpb and widest <= 64 else 2) if widest <= 256 else 1
     source = KernelSource(
         "src/flash_query_gradient.cuh",
         "flash_query_gradient",
         instantiate("QueryGradientConfig", choice.config, f"BiasKind::{gradient}"),
         "FlashQueryGradientArguments",
         choice.threads,
-        _min_blocks(choice, blocks if arithmetic.is_16_bit else min(blocks, 2)),
+        _min_blocks(choice, 2 if widest <= 256 else 1),
     )
     return Plan(choice, source, shared_bytes)
 
@@ -245,10 +245,9 @@ def _fit(
     columns: int,
     resident: bool,
     inverse: bool,
-    shared: object,
+    shared: Callable[[Choice], int],
 ) -> tuple[Choice, int]:
     """The first of the arrangements, best first, that fits into shared memory."""
-    assert callable(shared)
     tokens = math.prod(axis.group_length(0) for axis in problem.axes)
     most_rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     biases = ["NONE"] if not problem.has_rpb else ["GLOBAL"]

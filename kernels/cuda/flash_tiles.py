@@ -1,7 +1,7 @@
 """Which boxes of tokens the flash kernels make tiles of: those that multiply the fewest (query, key) pairs.
 
-A tile of rows visits the tiles that cover the union of what its rows see, and multiplies every pair of them. Along each axis that
-is a sum over the tiles of rows, and the whole is the product over the axes.
+A tile of rows visits the tiles that cover the union of what its rows see, and multiplies every pair of them. Along each
+axis that is a sum over the tiles of rows, and the whole is the product over the axes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Box = tuple[int, int, int]
 SAMPLED_TILES = 64
 """Tiles of rows along one axis that are looked at: those between are like their neighbours."""
 
-NARROW_COLUMNS = 1.1
-"""Columns in runs of fewer than 8 along the last axis make each column of a mask its own."""
+NARROW_COLUMNS, WIDE_COLUMNS = 1.1, 1.02
+"""A product takes 8 columns: as one run along the last axis, every lane masks that axis once per tile; otherwise more often."""
 
 TILE_OVERHEAD = 512
 """Time to start a tile of rows, in pairs per row: its loads and its stores."""
@@ -42,7 +42,7 @@ def boxes(size: int, axes: Sequence[Axis]) -> Iterator[Box]:
 
 
 def seen_interval(axis: Axis, first: int, last: int, length: int, inverse: bool) -> tuple[int, int]:
-    """What the positions `first` to `last` of a group of `length` tokens see (or are seen by): both ends grow with the position."""
+    """What the positions `first` to `last` of a group see, or are seen by: both ends grow with the position."""
     seen = axis.queries_at if inverse else axis.window_at
     return seen(first, length)[0], seen(last, length)[1]
 
@@ -64,14 +64,15 @@ def visits(axis: Axis, rows: int, columns: int, inverse: bool) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def choose_tiling(axes: tuple[Axis, ...], rows: int, columns: int, inverse: bool) -> Tiling:
-    """The boxes of `rows` and `columns` tokens that take least time. Deterministic: gradients are summed in tile order."""
+    """The boxes of `rows` and `columns` tokens that take least time; always the same, as gradients are summed by tile."""
 
     def cost(tiling: Tiling) -> float:
         sides = list(zip(axes, tiling.rows[-len(axes) :], tiling.columns[-len(axes) :], strict=True))
         pairs = math.prod(visits(axis, row, column, inverse) for axis, row, column in sides) * rows * columns
-        narrow = NARROW_COLUMNS if tiling.columns[-1] < 8 else 1.0
+        run = tiling.columns[-1]
+        mask = NARROW_COLUMNS if run < 8 else WIDE_COLUMNS if run > 8 else 1.0
         tiles = math.prod(-(-axis.group_length(0) // row) for axis, row, _ in sides)
-        return pairs * narrow + tiles * rows * TILE_OVERHEAD
+        return pairs * mask + tiles * rows * TILE_OVERHEAD
 
     candidates = (Tiling(row, column) for row in boxes(rows, axes) for column in boxes(columns, axes))
     return min(candidates, key=cost)

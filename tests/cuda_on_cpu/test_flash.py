@@ -174,6 +174,10 @@ def test_shared_heads_and_additional_keys(emulator: EmulatorRuntime, dtype: torc
     check(make_problem(*PLANE, dtype=dtype, heads=4, key_heads=2, additional=70, batch=2, rpb_dtype=RPB))
 
 
+def test_additional_keys_in_two_launches(emulator: EmulatorRuntime) -> None:
+    check(make_problem(Axis(9, 3), Axis(12, 4), dtype=torch.float32, head_dim=256, additional=20))
+
+
 def test_additional_keys_in_one_dimension(emulator: EmulatorRuntime) -> None:
     check(make_problem(Axis(50, 7, 3, causal=True), additional=3))
 
@@ -229,7 +233,9 @@ def test_large_scores_do_not_overflow(emulator: EmulatorRuntime) -> None:
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(12, torch.float16), (6, torch.float32), (264, torch.float32), (16, torch.float64)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(12, torch.float16), (6, torch.float32), (264, torch.float32), (16, torch.float64)]
+)
 def test_what_is_not_served_is_said(head_dim: int, dtype: torch.dtype) -> None:
     reason = flash.why_not(make_problem(Axis(8, 3), head_dim=head_dim, dtype=dtype))
     assert reason is not None

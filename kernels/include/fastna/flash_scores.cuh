@@ -51,70 +51,60 @@ template <class Rows, class Columns, BiasKind KIND, bool INVERSE, int NT, class 
 FASTNA_DEVICE void finish_scores(float (&s)[NT][4], const RowWindows<Rows, INVERSE>& rows, const TilePlace& place, int warp,
                                  const int (&origin)[3], float scale, const BiasTable<KIND, Rpb>& bias, const Geometry& geometry) {
   const int q = lane_index() & 3;
-  int entry[2] = {0, 0}, lane_entry[2] = {0, 0};
-  if constexpr (KIND != BiasKind::NONE) {
-    FASTNA_UNROLL
-    for (int i = Columns::FIRST; i < 3; ++i) {
-      FASTNA_UNROLL
-      for (int r = 0; r < 2; ++r) {
-        const int behind = origin[i] - row_position<Rows>(place, warp, r, i);
-        entry[r] += ((INVERSE ? -behind : behind) + geometry.axis[i].window - 1) * bias.pitch[i];
-        lane_entry[r] += Columns::coordinate(2 * q + r, i) * bias.pitch[i];
-      }
-    }
-  }
-  if (rows.template sees_all<Columns>(origin)) {
-    FASTNA_UNROLL
-    for (int j = 0; j < NT; ++j) {
-      int column_entry = 0;
-      if constexpr (KIND != BiasKind::NONE) {
-        FASTNA_UNROLL
-        for (int i = Columns::FIRST; i < 3; ++i) column_entry += Columns::coordinate(8 * j, i) * bias.pitch[i];
-      }
-      FASTNA_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        s[j][e] *= scale;
-        if constexpr (KIND != BiasKind::NONE) {
-          const int column = column_entry + lane_entry[e & 1];
-          s[j][e] += bias.at(entry[e >> 1] + (INVERSE ? -column : column));
-        }
-      }
-    }
-    return;
-  }
-
-  // Along every axis: how far a lane's first column lies behind the begin of a row's window, and how wide that is.
-  int behind[2][2][3];
-  u32 width[2][3];
+  const bool full = rows.template sees_all<Columns>(origin);
   FASTNA_UNROLL
   for (int r = 0; r < 2; ++r) {
-    FASTNA_UNROLL
-    for (int i = Columns::FIRST; i < 3; ++i) {
-      const Interval seen = rows.of_row(r, i);
-      width[r][i] = static_cast<u32>(seen.size());
-      FASTNA_UNROLL
-      for (int e = 0; e < 2; ++e) behind[r][e][i] = origin[i] + Columns::coordinate(2 * q + e, i) - seen.begin;
-    }
-  }
-  FASTNA_UNROLL
-  for (int j = 0; j < NT; ++j) {
-    int column_entry = 0;
+    // The bias' entry of the lane's first column, and how it grows with a column's coordinates.
+    int entry[2] = {0, 0}, growth[3] = {0, 0, 0};
     if constexpr (KIND != BiasKind::NONE) {
       FASTNA_UNROLL
-      for (int i = Columns::FIRST; i < 3; ++i) column_entry += Columns::coordinate(8 * j, i) * bias.pitch[i];
-    }
-    FASTNA_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int r = e >> 1;
-      bool seen = true;
-      FASTNA_UNROLL
-      for (int i = Columns::FIRST; i < 3; ++i) seen &= static_cast<u32>(behind[r][e & 1][i] + Columns::coordinate(8 * j, i)) < width[r][i];
-      float score = s[j][e] * scale;
-      if constexpr (KIND != BiasKind::NONE) {
-        const int column = column_entry + lane_entry[e & 1];
-        if (seen) score += bias.at(entry[r] + (INVERSE ? -column : column));
+      for (int i = Columns::FIRST; i < 3; ++i) {
+        const int ahead = origin[i] - row_position<Rows>(place, warp, r, i);
+        growth[i] = INVERSE ? -bias.pitch[i] : bias.pitch[i];
+        FASTNA_UNROLL
+        for (int e = 0; e < 2; ++e)
+          entry[e] += (geometry.axis[i].window - 1) * bias.pitch[i] + (ahead + Columns::coordinate(2 * q + e, i)) * growth[i];
       }
-      s[j][e] = seen ? score : -infinity();
+    }
+    // How far the lane's first column lies behind the begin of the row's window, and how wide that is.
+    int behind[2][3];
+    u32 width[3];
+    if (!full) {
+      FASTNA_UNROLL
+      for (int i = Columns::FIRST; i < 3; ++i) {
+        const Interval seen = rows.of_row(r, i);
+        width[i] = static_cast<u32>(seen.size());
+        FASTNA_UNROLL
+        for (int e = 0; e < 2; ++e) behind[e][i] = origin[i] + Columns::coordinate(2 * q + e, i) - seen.begin;
+      }
+    }
+    auto score = [&](float product, int j, int e) {
+      float result = product * scale;
+      if constexpr (KIND != BiasKind::NONE) {
+        int at = entry[e];
+        FASTNA_UNROLL
+        for (int i = Columns::FIRST; i < 3; ++i) at += Columns::coordinate(8 * j, i) * growth[i];
+        result += bias.at(at);
+      }
+      return result;
+    };
+    if (full) {
+      FASTNA_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        FASTNA_UNROLL
+        for (int e = 0; e < 2; ++e) s[j][2 * r + e] = score(s[j][2 * r + e], j, e);
+      }
+    } else {
+      FASTNA_UNROLL
+      for (int j = 0; j < NT; ++j) {
+        FASTNA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          bool seen = true;
+          FASTNA_UNROLL
+          for (int i = Columns::FIRST; i < 3; ++i) seen &= static_cast<u32>(behind[e][i] + Columns::coordinate(8 * j, i)) < width[i];
+          s[j][2 * r + e] = seen ? score(s[j][2 * r + e], j, e) : -infinity();
+        }
+      }
     }
   }
 }

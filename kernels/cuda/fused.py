@@ -1,0 +1,87 @@
+"""The `fused` backend: attention weights are never in memory. The fastest kernel family that serves a call computes it.
+
+Families, in order; each may serve the forward pass, the backward pass, or both:
+  block    dense dilation groups of few tokens: one fixed bias, no mask
+  strip    small sliding 2-D windows
+  hopper   large windows on devices of compute capability 9.0
+  flash    everything
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+from torch import Tensor
+
+from kernels.backend import Gradients, Operands
+from kernels.cuda import flash, runtime
+from kernels.cuda.jit import KernelSource
+from kernels.problem import Problem
+
+
+def _modules(*names: str) -> tuple[ModuleType, ...]:
+    paths = [f"kernels.cuda.{name}" for name in names]
+    return tuple(import_module(path) for path in paths if find_spec(path) is not None)
+
+
+FORWARD = _modules("block", "strip", "hopper", "flash")
+BACKWARD = _modules("block", "strip_backward", "flash")
+
+
+class Fused:
+    """Backend of the fused kernels."""
+
+    name = "fused"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return runtime.why_not_here(problem) or flash.why_not(problem)
+
+    def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+        for family in forward_families(problem):
+            if _takes(family, problem, operands):
+                return family.forward(problem, operands)
+        raise AssertionError("flash takes any strides")
+
+    def backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+        needs_rpb_grad: bool,
+    ) -> Gradients:
+        family = backward_families(problem)[0]
+        return family.backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
+
+
+def _takes(family: ModuleType, problem: Problem, operands: Operands) -> bool:
+    """Whether the addresses and strides suit the family, where it has wishes about them."""
+    why_not_operands = getattr(family, "why_not_operands", None)
+    return why_not_operands is None or why_not_operands(problem, operands) is None
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_families(problem: Problem) -> tuple[ModuleType, ...]:
+    """The families that serve the forward pass, best first."""
+    return tuple(family for family in FORWARD if family.why_not(problem) is None)
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_families(problem: Problem) -> tuple[ModuleType, ...]:
+    """The families that serve the backward pass, best first."""
+    return tuple(family for family in BACKWARD if family.why_not(problem) is None)
+
+
+BACKEND = Fused()
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """Kernels of every family that must compile without a spill."""
+    for family in dict.fromkeys((*FORWARD, *BACKWARD)):
+        yield from family.representative_sources()
