@@ -168,13 +168,14 @@ class EmulatorRuntime:
         self.shared_memory = shared_memory
         self.launches = 0
         self._properties = DeviceProperties(capability, multiprocessors, shared_memory)
-        self._kernels: dict[KernelSource, EmulatedKernel] = {}
+        self.kernels: dict[KernelSource, EmulatedKernel] = {}
+        """Every kernel asked for so far."""
 
     def kernel(self, source: KernelSource, device: torch.device) -> EmulatedKernel:
-        if source not in self._kernels:
+        if source not in self.kernels:
             engine()
-            self._kernels[source] = EmulatedKernel(source, self)
-        return self._kernels[source]
+            self.kernels[source] = EmulatedKernel(source, self)
+        return self.kernels[source]
 
     def prepare(self, sources: Iterable[KernelSource], device: torch.device) -> None:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

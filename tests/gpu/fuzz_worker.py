@@ -12,7 +12,7 @@ BACKENDS = ("fused", "gemm", "fused", "naive")
 
 
 def check_configuration(seed: int) -> list[str]:
-    """What is wrong with `CALLS` random calls of the configuration that `seed` gives: one line each, none if nothing is."""
+    """What is wrong with `CALLS` random calls of the configuration that `seed` gives: a line each, or nothing."""
     rng = random.Random(seed)
     configuration = random_configuration(rng)
     torch.backends.cuda.matmul.fp32_precision = "tf32" if configuration.tf32 else "ieee"
