@@ -66,8 +66,6 @@ def scale_of(scale: float | None, query: Tensor) -> float:
         return float(max(query.shape[-1], 1) ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale={scale!r} must be a float, or None for head_dim ** -0.5, not {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale={scale!r} must be finite")
     return float(scale)
 
 
@@ -147,6 +145,8 @@ def _describe(
     is_causal: tuple[bool, ...],
     scale: float,
 ) -> Problem:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale!r} must be finite")
     shape, dtype, device = query
     _check_dtypes_and_devices(
         query, key=key, value=value, additional_keys=additional_keys, additional_values=additional_values
