@@ -1,0 +1,107 @@
+"""Run compute-sanitizer's four tools over a short selection of calls of every CUDA backend. Needs a GPU and the CUDA toolkit.
+
+python3 scripts/sanitize.py                        memcheck, racecheck, initcheck, synccheck
+python3 scripts/sanitize.py --tool racecheck       one of them
+python3 scripts/sanitize.py --selection            the calls alone, under no tool
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kernels import neighborhood_attention
+from kernels.cuda.jit import ENTRY_POINT
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("naive", "gemm", "fused")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Space, window, dilation, stride, causal: sliding, dense groups, ragged and even, strided, causal, three axes.
+CALLS = (
+    ((14, 15), (7, 7), (1, 1), 1, False),
+    ((14, 14), (7, 7), (2, 2), 1, False),
+    ((11, 18), (4, 5), (2, 1), 2, False),
+    ((70,), (33,), (2,), 1, True),
+    ((5, 6, 7), (3, 2, 5), (1, 1, 1), 1, False),
+)
+FINDINGS = 99  # exit code of a tool that found something
+
+
+def run_selection() -> None:
+    """Every call of every backend and type, forward and backward, with bias and additional keys."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+
+    for backend in BACKENDS:
+        for dtype in DTYPES:
+            for space, window, dilation, stride, causal in CALLS:
+                for extra in (0, 3):
+                    qkv = [normal(2, *space, 2, 32, dtype=dtype) for _ in range(3)]
+                    rpb = normal(2, *(2 * k - 1 for k in window), dtype=dtype)
+                    more = [normal(2, extra, 2, 32, dtype=dtype) for _ in range(2)] if extra else [None, None]
+                    output, lse = neighborhood_attention(
+                        *qkv,
+                        window,
+                        dilation=dilation,
+                        stride=stride,
+                        is_causal=causal,
+                        rpb=rpb,
+                        additional_keys=more[0],
+                        additional_values=more[1],
+                        return_lse=True,
+                        backend=backend,
+                    )
+                    (output.float().square().sum() + lse.sum()).backward()
+                    results = [output, lse, *(t.grad for t in (*qkv, rpb, *more) if t is not None)]
+                    if not all(bool(t.isfinite().all()) for t in results):
+                        raise SystemExit(f"{backend}, {dtype}, space {space}: a result is not finite")
+    torch.cuda.synchronize()
+
+
+def sanitize(tool: str) -> int:
+    """Exit code of one tool over the selection: 0 where it finds nothing."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FINDINGS), "--print-limit", "20"]
+    if tool != "initcheck":  # which has to see PyTorch's kernels write what ours read
+        command += ["--kernel-name", f"kns={ENTRY_POINT}"]
+    command += [sys.executable, __file__, "--selection"]
+    # Without PyTorch's cache every tensor is an allocation of its own, so that a read past its end is seen.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTNA_LINEINFO": "1"}
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", action="append", choices=TOOLS, help="may be given again; all four by default")
+    parser.add_argument("--selection", action="store_true", help="run the calls, under no tool")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("scripts/sanitize.py needs a CUDA device, and PyTorch sees none", file=sys.stderr)
+        return 2
+    if options.selection:
+        run_selection()
+        return 0
+    if shutil.which("compute-sanitizer") is None:
+        print(
+            "compute-sanitizer is not on PATH: it comes with the CUDA toolkit (bin/compute-sanitizer)", file=sys.stderr
+        )
+        return 2
+    print("compiling the kernels first, under no tool", flush=True)
+    subprocess.run([sys.executable, __file__, "--selection"], env=os.environ | {"FASTNA_LINEINFO": "1"}, check=True)
+    codes = {tool: sanitize(tool) for tool in options.tool or TOOLS}
+    for tool, code in codes.items():
+        print(f"{tool}: {'clean' if code == 0 else 'found something' if code == FINDINGS else f'failed with {code}'}")
+    return max(codes.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
