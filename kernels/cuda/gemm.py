@@ -156,7 +156,7 @@ def _blocks_at_once(name: str, dtype: torch.dtype, part: int) -> int:
         return 6 if narrow else 3
     if part <= 64:
         return 5 if part <= 32 else 4
-    return 3 if narrow else 2
+    return 3 if narrow and name == "output" else 2
 
 
 def _source(

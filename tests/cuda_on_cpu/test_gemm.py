@@ -81,7 +81,7 @@ def test_tiles_cover_every_group(axes: list[tuple[int, int]], dilation: int) -> 
 
 
 def test_tiles_fit_the_window() -> None:
-    """Square where windows are, flat where an axis is short; 56 queries meet exactly two runs of 32 keys, 64 meet more."""
+    """Square where windows are, flat where an axis is short; 56 queries meet exactly two runs of keys."""
     assert gemm.tile_shape((Axis(128, 13), Axis(128, 13))) == (8, 8)
     assert gemm.tile_shape((Axis(7, 7), Axis(7, 7))) == (7, 7)
     assert gemm.tile_shape((Axis(1, 1), Axis(4096, 9))) == (1, 56)
