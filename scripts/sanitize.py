@@ -1,4 +1,4 @@
-"""Run compute-sanitizer's four tools over a short selection of calls of every CUDA backend. Needs a GPU and the CUDA toolkit.
+"""Run compute-sanitizer's four tools over a short selection of calls. Needs a GPU and the CUDA toolkit.
 
 python3 scripts/sanitize.py                        memcheck, racecheck, initcheck, synccheck
 python3 scripts/sanitize.py --tool racecheck       one of them
