@@ -26,8 +26,10 @@ from kernels.cuda.arguments import (
     padded_axes,
 )
 from kernels.cuda.jit import KernelSource, instantiate
-from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned, why_not_operands
 from kernels.problem import Problem
+
+__all__ = ["backward", "forward", "representative_sources", "why_not", "why_not_operands"]
 
 MAX_TOKENS = 64
 MAX_ELEMENTS = 2**33
@@ -216,10 +218,11 @@ def _prepared_forward(
 def _prepared_backward(
     problem: Problem, strides: tuple[tuple[int, ...], ...], has_grad_lse: bool, needs_rpb_grad: bool
 ) -> tuple[Plan, bytes]:
+    properties = runtime.properties(problem.device)
     plan = plan_backward(
         problem,
-        backward_tuning(problem),
-        runtime.properties(problem.device).multiprocessors,
+        backward_tuning(problem, properties.shared_memory),
+        properties.multiprocessors,
         has_grad_lse=has_grad_lse,
         needs_rpb_grad=needs_rpb_grad,
         alike=strides[0] == strides[1] == strides[2],
@@ -243,8 +246,12 @@ def forward_tuning(problem: Problem) -> Tuning:
     return Tuning(stages=3, blocks=4) if problem.head_dim == 32 else Tuning(stages=2, blocks=3)
 
 
-def backward_tuning(problem: Problem) -> Tuning:
-    return Tuning(stages=2, blocks=3) if problem.head_dim == 32 else Tuning(stages=2, blocks=2)
+def backward_tuning(problem: Problem, shared_memory: int) -> Tuning:
+    """`shared_memory`: bytes that a block may have."""
+    if problem.head_dim == 32:
+        return Tuning(stages=2, blocks=3)
+    tuning = Tuning(stages=2, blocks=2)
+    return tuning if _backward_bytes(problem, tuning) <= shared_memory else Tuning(stages=1, blocks=2)
 
 
 def plan_forward(problem: Problem, tuning: Tuning, multiprocessors: int, *, alike: bool = True) -> Plan:
@@ -274,9 +281,15 @@ def plan_backward(
         alike,
         grad_contiguous,
     )
-    stage_bytes = 5 * _padded(problem) * problem.head_dim * 2 + 2 * _padded(problem) * 4
-    shared_bytes = 2 * _padded(problem) * 128 + tuning.stages * stage_bytes
-    return _plan(problem, tuning, multiprocessors, "block_backward", config, shared_bytes)
+    return _plan(problem, tuning, multiprocessors, "block_backward", config, _backward_bytes(problem, tuning))
+
+
+def _backward_bytes(problem: Problem, tuning: Tuning) -> int:
+    """BlockBackwardConfig::SHARED_BYTES."""
+    rows = _padded(problem)
+    stage_bytes = 5 * rows * problem.head_dim * 2 + 2 * rows * 4
+    bias_bytes = -(-problem.window_size // 8) * rows * 2 * 16
+    return 2 * rows * 128 + tuning.stages * stage_bytes + bias_bytes
 
 
 def _plan(
@@ -295,6 +308,7 @@ def _plan(
         arguments="BlockForwardArguments" if function == "block_forward" else "BlockBackwardArguments",
         threads=_padded(problem) * 2,
         min_blocks=tuning.blocks,
+        shared_bytes=shared_bytes,
     )
     return Plan(source, slices * problem.heads, shared_bytes, items, slices)
 
@@ -336,4 +350,5 @@ def representative_sources() -> Iterable[KernelSource]:
             rpb_dtype=torch.float32,
         )
         yield plan_forward(problem, forward_tuning(problem), 132).source
-        yield plan_backward(problem, backward_tuning(problem), 132, has_grad_lse=False, needs_rpb_grad=True).source
+        for shared_memory in (227 << 10, 99 << 10):
+            yield plan_backward(problem, backward_tuning(problem, shared_memory), 132).source

@@ -106,12 +106,23 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
+def why_not_operands(problem: Problem, operands: Operands) -> str | None:
+    """Why the tensors' addresses do not suit 16-byte copies, in one sentence; None if they do."""
+    for name in ("query", "key", "value"):
+        tensor = getattr(operands, name)
+        if not _is_aligned(tensor):
+            return f"{name} at address {tensor.data_ptr():#x} with strides {tensor.stride()} is not aligned to 16 bytes"
+    return None
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    elements = 16 // tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(stride % elements == 0 for stride in tensor.stride()[:-1])
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor itself if every token starts at a multiple of 16 bytes, as 16-byte copies need; otherwise a copy."""
-    elements = 16 // tensor.element_size()
-    if tensor.data_ptr() % 16 == 0 and all(stride % elements == 0 for stride in tensor.stride()[:-1]):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -134,16 +145,19 @@ def _prepared(
 
 
 def choose_tile(problem: Problem, shared_memory: int) -> Tile:
-    """The widest tile, of equal parts of a row, of which an SM holds three: one copies while others multiply.
+    """The widest tile, of equal parts of a row, of which an SM holds three: some copy while others multiply.
 
-    `shared_memory` is what a block may have, in bytes; an SM has 1 KiB more.
+    Where even narrow tiles are too large for three, two or one. `shared_memory` is what a block may have, in bytes; an
+    SM has 1 KiB more, and takes 1 KiB for each block.
     """
     _, columns = _longest_map(problem)
-    for parts in range(1, columns + 1):
-        tile = Tile(columns=_round_up(-(-columns // parts), 2))
-        if 3 * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
-            return tile
-    return Tile(columns=2)
+    tile = Tile(columns=_round_up(columns, 2))
+    for resident in (3, 2, 1):
+        for parts in range(1, -(-columns // KEY_COLUMNS) + 1):
+            tile = Tile(columns=_round_up(-(-columns // parts), 2))
+            if resident * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
+                return tile
+    return tile
 
 
 def plan(problem: Problem, tile: Tile) -> Plan:
@@ -174,6 +188,7 @@ def plan(problem: Problem, tile: Tile) -> Plan:
         arguments="StripForwardArguments",
         threads=32 * tile.warps,
         min_blocks=max(1, min(resident_warps // tile.warps, (228 << 10) // (shared_bytes + 1024))),
+        shared_bytes=shared_bytes,
     )
     grid = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation
     return Plan(source, grid, shared_bytes, tiles, strips)

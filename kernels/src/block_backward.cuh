@@ -36,7 +36,8 @@ struct BlockBackwardConfig {
   static constexpr int LSE_AT = 5 * TILE_BYTES, STAGE_BYTES = LSE_AT + 2 * Shape::PADDED * 4;
   static constexpr int WEIGHTS_BYTES = Shape::PADDED * TokenLayout<64>::BYTES;  // [query][key] in T
   static constexpr int WEIGHTS_AT = 0, SCORES_AT = WEIGHTS_BYTES, STAGES_AT = 2 * WEIGHTS_BYTES;
-  static constexpr int SHARED_BYTES = STAGES_AT + STAGES * STAGE_BYTES;
+  static constexpr int BIAS_AT = STAGES_AT + STAGES * STAGE_BYTES;  // [KEY_TILES][thread] float4: registers are short here
+  static constexpr int SHARED_BYTES = BIAS_AT + Shape::KEY_TILES * Shape::THREADS * 16;
   static_assert(Shape::TOKENS * Shape::TOKENS * 4 <= SHARED_BYTES, "the bias gradient passes through shared memory");
 };
 
@@ -141,9 +142,14 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
       *reinterpret_cast<uint4*>(weights + Weights::offset(i % Shape::PADDED, KEY_TILES)) = {0, 0, 0, 0};
     }
   }
-  float bias[KEY_TILES][4];
-  load_block_bias<Shape, Config::HAS_RPB>(bias, static_cast<const typename Config::Rpb*>(args.rpb) + head * Shape::BIAS,
-                                          1.0f / geometry.scale);
+  float4* bias = reinterpret_cast<float4*>(shared + Config::BIAS_AT) + thread_index();
+  {
+    float values[KEY_TILES][4];
+    load_block_bias<Shape, Config::HAS_RPB>(values, static_cast<const typename Config::Rpb*>(args.rpb) + head * Shape::BIAS,
+                                            1.0f / geometry.scale);
+    FASTNA_UNROLL
+    for (int t = 0; t < KEY_TILES; ++t) bias[t * Shape::THREADS] = {values[t][0], values[t][1], values[t][2], values[t][3]};
+  }
   float bias_gradient[KEY_TILES][4] = {};
   const float scale_log2e = geometry.scale * LOG2_E;
   int to[2];
@@ -155,9 +161,16 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
   int stage = 0;
   const int count = ceil_div(args.items - slice, args.slices);
   for (int n = 0; n < count; ++n) {
-    wait_copies<STAGES - 2>();
-    sync_threads();  // this item has come, and the previous one's tiles are no longer read
-    load(n + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
+    if constexpr (STAGES == 1) {
+      sync_threads();  // the previous item's tiles are no longer read
+      load(n, 0);
+      wait_copies<0>();
+      sync_threads();
+    } else {
+      wait_copies<STAGES - 2>();
+      sync_threads();  // this item has come, and the previous one's tiles are no longer read
+      load(n + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
+    }
     u8* tiles = shared + Config::STAGES_AT + stage * Config::STAGE_BYTES;
     u8* key_tile = tiles + TILE_BYTES;
     u8* value_tile = tiles + 2 * TILE_BYTES;
@@ -202,7 +215,8 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
         FASTNA_UNROLL
         for (int h = 0; h < 2; ++h) {
           if (t + h >= KEY_TILES) continue;
-          float s[4] = {bias[t + h][0], bias[t + h][1], bias[t + h][2], bias[t + h][3]}, ds[4] = {-delta[0], -delta[0], -delta[1], -delta[1]};
+          const float4 initial = bias[(t + h) * Shape::THREADS];
+          float s[4] = {initial.x, initial.y, initial.z, initial.w}, ds[4] = {-delta[0], -delta[0], -delta[1], -delta[1]};
           multiply_transposed<T, HEAD_DIM>(s, query, key_at, (t + h) * 8);
           multiply_transposed<T, HEAD_DIM>(ds, grad, value_at, (t + h) * 8);
           FASTNA_UNROLL
