@@ -1,8 +1,8 @@
 """Kernel family `strip`, backward: gradients of small sliding 2-D windows, any dilation, in half precision.
 
-One kernel computes all gradients in one pass over the operands, without atomics; see src/strip_backward.cuh. A block walks
-down a column tile of a map and keeps the rows that it needs in rings in shared memory. The bias gradient comes as one part
-per block, summed afterwards in a fixed order.
+One kernel computes all gradients in one pass over the operands, without atomics; see src/strip_backward.cuh. A block
+walks down a column tile of a map and keeps the rows that it needs in rings in shared memory. The bias gradient comes as
+one part per block, summed afterwards in a fixed order.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MAX_WINDOW = (9, 8)
 MAX_BIAS_WINDOW_ROWS = 8
 """The bias gradient gathers 2 k - 1 row offsets in one product of 16 rows."""
 
+BIAS_LINES_BEFORE = 8
 STEP_ROWS = 8
 PRODUCT_COLUMNS = 8
 BLOCK_RESERVE = 1024
@@ -144,7 +145,9 @@ def backward(
     """Gradients of a problem that `why_not` accepts. The same call gives the same bits."""
     query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
     output, grad_output = aligned(output), aligned(grad_output)
-    grads = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)]
+    grad_query, grad_key, grad_value = (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
+    )
     needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
     plan, packed = _prepared(
         problem, needs_rpb_grad, query.stride(), key.stride(), value.stride(), output.stride(), grad_output.stride()
@@ -158,12 +161,12 @@ def backward(
         parts = torch.empty(shape, dtype=torch.float32, device=query.device)
     arguments = _set_pointers(
         packed,
-        *(tensor.data_ptr() for tensor in (query, key, value, output, grad_output, *grads)),
+        *(tensor.data_ptr() for tensor in (query, key, value, output, grad_output, grad_query, grad_key, grad_value)),
         *(0 if tensor is None else tensor.data_ptr() for tensor in (lse, grad_lse, rpb, parts)),
     )
     runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
     grad_rpb = None if parts is None else parts.sum(0).to(problem.rpb_dtype)
-    return Gradients(*grads, rpb=grad_rpb)
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,7 +203,8 @@ def pack(problem: Problem, plan: Plan, *strides: tuple[int, ...]) -> bytes:
 def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Tile | None:
     """The widest tile whose rings fit into shared memory as often as registers allow, in the cheapest steps.
 
-    One block per SM where even narrow tiles do not fit twice; None if not once. A small batch cuts maps into several walks.
+    One block per SM where even narrow tiles do not fit twice; None if not once. A small batch cuts maps into several
+    walks.
     """
     rows, columns = _longest_map(problem)
 
@@ -255,7 +259,7 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
     # StripBackwardMemory: the rings, lse and delta, the bias, the warps' sums of its gradient, the places of rows.
     shared_bytes = ring_rows * pitch * 8 * problem.head_dim + _round_up(ring_rows * pitch * 8, 16)
     if problem.has_rpb:
-        shared_bytes += lines * (2 * column_axis.window + 1) * 16
+        shared_bytes += (lines + 2 * BIAS_LINES_BEFORE) * (2 * column_axis.window + 1) * 16
     if needs_rpb_grad:
         shared_bytes += _round_up(tile.warps * lines * offsets, 4) * 4
     shared_bytes += 8 * min(rows, chunk_rows + 2 * row_axis.window)

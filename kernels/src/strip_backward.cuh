@@ -15,14 +15,18 @@ namespace fastna {
 
 // What a lane 4 g + q knows of its part of a 16 x 8 product, for the two token columns h = 0, 1 of the left operand.
 struct StripMask {
-  u32 columns[2];      // the pair of right columns 2 q, 2 q + 1 that are in reach of left column h, as 16-bit masks
-  int first_row, rows;  // right rows in reach of left row g, counted from the first row of the sweep
+  u32 columns[2];  // the right columns 2 q (low half) and 2 q + 1 in reach of left column h, as 16-bit masks
+  u32 rows;        // right rows in reach of left row g; the highest bit is the sweep's first row
 
-  FASTNA_DEVICE bool reaches(int row) const { return static_cast<u32>(row - first_row) < static_cast<u32>(rows); }
-  FASTNA_DEVICE static u32 pair(Interval reach, int column, int least) {
-    const Interval visible = {maximum(reach.begin, least), reach.end};
-    return (visible.contains(column) ? 0xffffu : 0u) | (visible.contains(column + 1) ? 0xffff0000u : 0u);
+  FASTNA_DEVICE static u32 row_bits(Interval reach, Interval sweep) {
+    return ((1u << reach.size()) - 1) << (32 - (reach.end - sweep.begin));
   }
+  FASTNA_DEVICE static u32 column_bits(Interval reach, int low, int high, int least) {
+    const Interval visible = {maximum(reach.begin, least), reach.end};
+    return (visible.contains(low) ? 0xffffu : 0u) | (visible.contains(high) ? 0xffff0000u : 0u);
+  }
+  // All ones if row `n` of those that `rows` begins with is in reach.
+  FASTNA_DEVICE static u32 row(u32 rows, int n) { return static_cast<u32>(static_cast<int>(rows << n) >> 31); }
 };
 
 template <class Config>
@@ -31,11 +35,11 @@ struct StripProducts {
   static constexpr int K_STEPS = Config::K_STEPS;
   static constexpr int D_TILES = Config::CHUNKS;
 
-  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand.
-  FASTNA_DEVICE static u32 left_address(u32 ring, const uint2* row_places, Interval rows, int first_row, int column, int columns) {
+  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand: columns `upper` and `lower` of `rows`.
+  FASTNA_DEVICE static u32 left_address(u32 ring, const uint2* row_places, Interval rows, int first_row, int upper, int lower) {
     const int lane = lane_index();
     const int row = minimum(rows.begin + (lane & 7), rows.end - 1) - first_row;
-    const int at = minimum(column + (lane >> 3 & 1), columns - 1);
+    const int at = (lane & 8) == 0 ? upper : lower;
     return (row_places[row].x + ring + at * Config::TOKEN) ^ (((lane >> 4) ^ (at & 7)) << 4);
   }
   FASTNA_DEVICE static void load_left(u32 (&a)[K_STEPS][4], u32 address) {
@@ -43,11 +47,11 @@ struct StripProducts {
     for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(a[k], address ^ (k << 5));
   }
 
-  // 8 tokens of one row as right operand: chunks 0 to 3 at `address`, 4 to 7 one bit away.
+  // 8 tokens of one row as right operand, in order of columns or against it.
   struct Right {
     u32 base, swizzle;
-    FASTNA_DEVICE Right(u32 ring, int column) {
-      const int lane = lane_index(), at = column + (lane & 7);
+    FASTNA_DEVICE Right(u32 ring, int column, bool backwards) {
+      const int lane = lane_index(), at = column + (backwards ? 7 - (lane & 7) : lane & 7);
       base = ring + at * Config::TOKEN;
       swizzle = ((lane >> 3) ^ (at & 7)) << 4;
     }
@@ -76,14 +80,16 @@ struct StripProducts {
     }
   }
 
-  // Writes 16 tokens times `factor`. Neighbouring lanes trade halves of two chunks, so that a store fills whole 32-byte sectors.
-  FASTNA_DEVICE static void store(const float (&d)[D_TILES][4], float factor, const MapView<T>& view, Interval rows, int column,
-                                  int columns) {
+  // Writes 16 tokens times `factor`, its columns `upper` and `lower` if they are below `columns`. Neighbouring lanes trade halves of
+  // two chunks, so that a store fills whole 32-byte sectors.
+  FASTNA_DEVICE static void store(const float (&d)[D_TILES][4], float factor, const MapView<T>& view, Interval rows, int upper,
+                                  int lower, int columns) {
     const int g = lane_index() >> 2, q = lane_index() & 3, odd = q & 1;
     FASTNA_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const bool valid = rows.begin + g < rows.end && column + h < columns;
-      T* target = view.at(rows.begin + g, column + h) + odd * 8 + (q >> 1) * 4;
+      const int column = h == 0 ? upper : lower;
+      const bool valid = rows.begin + g < rows.end && column < columns;
+      T* target = view.at(rows.begin + g, column) + odd * 8 + (q >> 1) * 4;
       FASTNA_UNROLL
       for (int c = 0; c < D_TILES; c += 2) {
         const u32 even_chunk = pack2<T>(d[c][2 * h] * factor, d[c][2 * h + 1] * factor);
@@ -107,17 +113,28 @@ struct StripBiasGradient {
   float sum[2][4] = {};
   float* table;
   int distance = 0;
+  // What the one-hot operand holds in the one sweep step where it holds anything: pairs of query rows are even, and so are steps.
+  int low_step, high_step;
+  u32 low_one, high_one;
 
   FASTNA_DEVICE explicit StripBiasGradient(float* table_) : table(table_) {}
 
-  FASTNA_DEVICE void begin(int key_distance) {
+  // Before a sweep: `line` is the index of the offset of its first key row to query row 0, `key_distance` that of the first key column.
+  FASTNA_DEVICE void begin(int line, int key_distance) {
     if (key_distance != distance) flush();
     distance = key_distance;
+    // Line g takes query row r = 2 q of key row j where line + j - r = g, and r + 1 one row later.
+    const int step = (lane_index() & 3) * 2 + (lane_index() >> 2) - line;
+    const bool odd = (step & 1) != 0;
+    low_step = step + (odd ? 1 : 0);
+    high_step = step - (odd ? 1 : 0);
+    low_one = odd ? ONE << 16 : ONE;
+    high_one = odd ? ONE : ONE << 16;
   }
-  // `ds` of two key rows; `line` is the offset's index for the first of them and query row 0.
-  FASTNA_DEVICE void add(const u32 (&ds)[4], int line) {
-    const int e = line - (lane_index() & 3) * 2 - (lane_index() >> 2);
-    const u32 select[4] = {one_hot(e), one_hot(e - 8), one_hot(e + 1), one_hot(e - 7)};
+  // `ds` of key rows j and j + 1, j even.
+  FASTNA_DEVICE void add(const u32 (&ds)[4], int j) {
+    const u32 select[4] = {j == low_step ? low_one : 0, j == low_step + 8 ? low_one : 0, j == high_step ? high_one : 0,
+                           j == high_step + 8 ? high_one : 0};
     mma_m16n8k16<T>(sum[0], select, move_matrix(ds[0]), move_matrix(ds[2]));
     mma_m16n8k16<T>(sum[1], select, move_matrix(ds[1]), move_matrix(ds[3]));
   }
@@ -129,15 +146,12 @@ struct StripBiasGradient {
       FASTNA_UNROLL
       for (int i = 0; i < 4; ++i) {
         const int line = g + (i >> 1) * 8, offset = distance + q * 2 + (i & 1) - h + Config::WINDOW_COLUMNS - 1;
-        if (line < Config::BIAS_LINES && offset >= 0 && offset < WIDTH) table[line * WIDTH + offset] += sum[h][i];
+        if (line < 2 * Config::WINDOW_ROWS - 1 && offset >= 0 && offset < WIDTH) table[line * WIDTH + offset] += sum[h][i];
         sum[h][i] = 0.0f;
       }
       sync_warp();
     }
   }
-
- private:
-  FASTNA_DEVICE static u32 one_hot(int e) { return e == 0 ? ONE : e == 1 ? ONE << 16 : 0; }
 };
 
 template <class Config>
@@ -154,8 +168,14 @@ struct StripBackward {
   FASTNA_DEVICE int stored_column(int column) const {
     return minimum(column - walk.stored_columns.begin, args.pitch - KEY_COLUMNS);
   }
-  FASTNA_DEVICE const float4* bias_column(int offset) const {
-    return memory.bias() + minimum(maximum(offset + Config::WINDOW_COLUMNS, 0), Config::BIAS_LINE - 1);
+  // The lane's entry of the bias for the offsets (key - query) of its first right row and column.
+  FASTNA_DEVICE const float4* bias(int row_offset, int column_offset) const {
+    const int line = row_offset + Config::WINDOW_ROWS - 1 + Config::BIAS_LINES_BEFORE;
+    const int entry = minimum(maximum(column_offset + Config::WINDOW_COLUMNS, 0), Config::BIAS_LINE - 1);
+    return memory.bias() + line * Config::BIAS_LINE + entry;
+  }
+  FASTNA_DEVICE float2 statistics(u32 row_place, int column) const {
+    return *reinterpret_cast<const float2*>(memory.statistics_bytes() + row_place + column * 8);
   }
 
   // The gradient of the queries of `own` rows in columns `column`, `column` + 1.
@@ -168,58 +188,55 @@ struct StripBackward {
     const uint2* places = memory.row_places() + (key_rows.begin - walk.first_row);
 
     u32 query[Config::K_STEPS][4], grad[Config::K_STEPS][4];
-    const int local = column - walk.stored_columns.begin, columns = walk.columns.end - walk.stored_columns.begin;
-    const u32 left = Products::left_address(memory.ring(1), memory.row_places(), own, walk.first_row, local, columns);
+    const int local = column - walk.stored_columns.begin, local_second = second - walk.stored_columns.begin;
+    const u32 left = Products::left_address(memory.ring(1), memory.row_places(), own, walk.first_row, local, local_second);
     Products::load_left(query, left);
     Products::load_left(grad, left ^ Config::SECOND);
     const int row = minimum(own.begin + g, own.end - 1);
-    const u32 statistics = memory.row_places()[row - walk.first_row].y / 8 + local;
-    const float2 of0 = memory.statistics()[statistics], of1 = memory.statistics()[statistics + second - column];
+    const u32 row_place = memory.row_places()[row - walk.first_row].y;
+    const float2 of0 = statistics(row_place, local), of1 = statistics(row_place, local_second);
 
     StripMask mask;
-    mask.first_row = window_at(typename Walk::RowAxis{}, row, walk.place.rows).begin - key_rows.begin;
-    mask.rows = own.begin + g < own.end ? Config::WINDOW_ROWS : 0;
+    mask.rows = own.begin + g < own.end ? StripMask::row_bits(window_at(typename Walk::RowAxis{}, row, walk.place.rows), key_rows) : 0;
 
     float dq[Products::D_TILES][4] = {};
     for (int start = key_columns.begin; start < key_columns.end; start += KEY_COLUMNS) {
       const int stored = stored_column(start), first = stored + walk.stored_columns.begin;
-      mask.columns[0] = StripMask::pair(walk.keys_of_columns({column, column + 1}), first + 2 * q, start);
-      mask.columns[1] = second == column ? 0 : StripMask::pair(walk.keys_of_columns({second, second + 1}), first + 2 * q, start);
-      const typename Products::Right right(memory.ring(0), stored);
-      const float4* bias = Config::HAS_RPB ? bias_column(first + 2 * q - column) : nullptr;
-      const int line = key_rows.begin - own.begin + Config::WINDOW_ROWS - 1;
-      if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(first - column);
+      const int low = first + 2 * q;
+      mask.columns[0] = StripMask::column_bits(walk.keys_of_columns({column, column + 1}), low, low + 1, start);
+      mask.columns[1] = second == column ? 0 : StripMask::column_bits(walk.keys_of_columns({second, second + 1}), low, low + 1, start);
+      const typename Products::Right right(memory.ring(0), stored, false);
+      const float4* initial = bias(key_rows.begin - own.begin - g, low - column);
+      if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(key_rows.begin - own.begin + Config::WINDOW_ROWS - 1, first - column);
+      u32 visible = mask.rows;
 
-      for (int j = 0; j < key_rows.size(); j += 2) {
+      for (int j = 0; j < key_rows.size(); j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE) {
         // Past the last row its predecessor again: masked, but no NaN.
         const u32 addresses[2] = {right.address(places[j].x), right.address(places[minimum(j + 1, key_rows.size() - 1)].x)};
         u32 ds[4];
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const bool reached = mask.reaches(j + n);
           float s[4] = {}, dp[4] = {};
-          if constexpr (Config::HAS_RPB) {
-            const float4 initial = bias[reached ? (line + j + n - g) * Config::BIAS_LINE : 0];
-            s[0] = initial.x, s[1] = initial.y, s[2] = initial.z, s[3] = initial.w;
-          }
+          if constexpr (Config::HAS_RPB) start_from(s, initial[n * Config::BIAS_LINE]);
           Products::multiply_transposed(s, query, addresses[n]);
           Products::multiply_transposed(dp, grad, addresses[n] ^ Config::SECOND);
-          const u32 rows = reached ? 0xffffffffu : 0u;
+          const u32 rows = StripMask::row(visible, n);
           // Masked as bits: a score outside the window may overflow, and infinity times anything is not zero.
           ds[2 * n] = pack2<T>(exp2_approx(s[0] * scale2 - of0.x) * (dp[0] - of0.y), exp2_approx(s[1] * scale2 - of0.x) * (dp[1] - of0.y)) &
                       mask.columns[0] & rows;
           ds[2 * n + 1] = pack2<T>(exp2_approx(s[2] * scale2 - of1.x) * (dp[2] - of1.y), exp2_approx(s[3] * scale2 - of1.x) * (dp[3] - of1.y)) &
                           mask.columns[1] & rows;
         }
-        if constexpr (Config::RPB_GRADIENT) bias_gradient.add(ds, line + j);
+        if constexpr (Config::RPB_GRADIENT) bias_gradient.add(ds, j);
         Products::multiply(dq, ds, addresses);
       }
     }
-    Products::store(dq, args.geometry.scale, view(args.grad_query), own, column, walk.columns.end);
+    Products::store(dq, args.geometry.scale, view(args.grad_query), own, column, column + 1, walk.columns.end);
   }
 
   // The gradients of the keys and values of `own` rows in columns `column`, `column` + 1. Near a border more than 8 query columns may
-  // reach them: a second sweep then, over the rest.
+  // reach them: a second sweep then, over the rest. Both operands take their columns backwards: offsets are key - query, so that
+  // the bias then comes in the order in which the queries want it.
   FASTNA_DEVICE void keys(Interval own, int column) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
     const float scale2 = args.geometry.scale * LOG2_E;
@@ -229,44 +246,39 @@ struct StripBackward {
     const uint2* places = memory.row_places() + (query_rows.begin - walk.first_row);
 
     u32 key[Config::K_STEPS][4], value[Config::K_STEPS][4];
-    const int local = column - walk.stored_columns.begin, columns = walk.columns.end - walk.stored_columns.begin;
-    const u32 left = Products::left_address(memory.ring(0), memory.row_places(), own, walk.first_row, local, columns);
+    const int local = column - walk.stored_columns.begin, local_second = second - walk.stored_columns.begin;
+    const u32 left = Products::left_address(memory.ring(0), memory.row_places(), own, walk.first_row, local_second, local);
     Products::load_left(key, left);
     Products::load_left(value, left ^ Config::SECOND);
 
     StripMask mask;
     const Interval reach = queries_at(typename Walk::RowAxis{}, minimum(own.begin + g, own.end - 1), walk.place.rows);
-    mask.first_row = reach.begin - query_rows.begin;
-    mask.rows = own.begin + g < own.end ? reach.size() : 0;
+    mask.rows = own.begin + g < own.end ? StripMask::row_bits(reach, query_rows) : 0;
 
     float dk[Products::D_TILES][4] = {}, dv[Products::D_TILES][4] = {};
     for (int start = query_columns.begin; start < query_columns.end; start += KEY_COLUMNS) {
       const int stored = stored_column(start), first = stored + walk.stored_columns.begin;
-      mask.columns[0] = StripMask::pair(walk.queries_of_columns({column, column + 1}), first + 2 * q, start);
-      mask.columns[1] = StripMask::pair(walk.queries_of_columns({second, second + 1}), first + 2 * q, start);
-      const typename Products::Right right(memory.ring(1), stored);
-      const float4* bias = Config::HAS_RPB ? bias_column(column - first - 2 * q) : nullptr;
-      const int line = own.begin - query_rows.begin + Config::WINDOW_ROWS - 1;
-      const float2* statistics = memory.statistics() + stored + 2 * q;
+      const int low = first + 7 - 2 * q, local_low = stored + 7 - 2 * q;
+      mask.columns[0] = StripMask::column_bits(walk.queries_of_columns({second, second + 1}), low, low - 1, start);
+      mask.columns[1] = StripMask::column_bits(walk.queries_of_columns({column, column + 1}), low, low - 1, start);
+      const typename Products::Right right(memory.ring(1), stored, true);
+      const float4* initial = bias(own.begin + g - query_rows.begin, column + 1 - low);
+      u32 visible = mask.rows;
 
-      for (int i = 0; i < query_rows.size(); i += 2) {
+      for (int i = 0; i < query_rows.size(); i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE) {
         const uint2 place[2] = {places[i], places[minimum(i + 1, query_rows.size() - 1)]};
         const u32 addresses[2] = {right.address(place[0].x), right.address(place[1].x)};
         u32 p[4], ds[4];
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const bool reached = mask.reaches(i + n);
           float s[4] = {}, dp[4] = {};
-          if constexpr (Config::HAS_RPB) {
-            const float4 initial = bias[reached ? (line - i - n + g) * Config::BIAS_LINE : 0];
-            s[0] = initial.x, s[1] = initial.z, s[2] = initial.y, s[3] = initial.w;
-          }
+          if constexpr (Config::HAS_RPB) start_from(s, initial[-n * Config::BIAS_LINE]);
           Products::multiply_transposed(s, key, addresses[n]);
           Products::multiply_transposed(dp, value, addresses[n] ^ Config::SECOND);
-          const float2 of0 = statistics[place[n].y / 8], of1 = statistics[place[n].y / 8 + 1];
+          const float2 of0 = statistics(place[n].y, local_low), of1 = statistics(place[n].y, local_low - 1);
           const float p0 = exp2_approx(s[0] * scale2 - of0.x), p1 = exp2_approx(s[1] * scale2 - of1.x);
           const float p2 = exp2_approx(s[2] * scale2 - of0.x), p3 = exp2_approx(s[3] * scale2 - of1.x);
-          const u32 rows = reached ? 0xffffffffu : 0u;
+          const u32 rows = StripMask::row(visible, n);
           p[2 * n] = pack2<T>(p0, p1) & mask.columns[0] & rows;
           p[2 * n + 1] = pack2<T>(p2, p3) & mask.columns[1] & rows;
           ds[2 * n] = pack2<T>(p0 * (dp[0] - of0.y), p1 * (dp[1] - of1.y)) & mask.columns[0] & rows;
@@ -277,8 +289,12 @@ struct StripBackward {
         Products::multiply(dv, p, second_addresses);
       }
     }
-    Products::store(dk, args.geometry.scale, view(args.grad_key), own, column, walk.columns.end);
-    Products::store(dv, 1.0f, view(args.grad_value), own, column, walk.columns.end);
+    Products::store(dk, args.geometry.scale, view(args.grad_key), own, column + 1, column, walk.columns.end);
+    Products::store(dv, 1.0f, view(args.grad_value), own, column + 1, column, walk.columns.end);
+  }
+
+  FASTNA_DEVICE static void start_from(float (&s)[4], float4 initial) {
+    s[0] = initial.x, s[1] = initial.y, s[2] = initial.z, s[3] = initial.w;
   }
 
   FASTNA_DEVICE MapView<T> view(const TensorArguments& tensor) const {
@@ -304,7 +320,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   Interval own = walk.step(walk.rows.begin, args.step_rows);
   Interval needed = walk.needed_rows(own);
   Interval fresh = needed;
-  loader.issue(fresh);
+  bool is_under_way = false;
   loader.fill_row_places();
   if constexpr (Config::HAS_RPB) loader.fill_bias();
   if constexpr (Config::RPB_GRADIENT) {
@@ -315,6 +331,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS);
   int item = warp_index();
   while (true) {
+    if (!is_under_way) loader.issue(fresh);
     loader.finish(fresh);
     sync_threads();
     // The next step's rows come in while this one's are used, if the ring has room for both.
@@ -322,8 +339,8 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     const bool is_last = own.end >= walk.rows.end;
     const Interval next_needed = is_last ? needed : walk.needed_rows(next);
     fresh = {needed.end, next_needed.end};
-    const bool ahead = next_needed.end - needed.begin <= args.ring_rows;
-    if (!is_last && ahead) loader.issue(fresh);
+    is_under_way = !is_last && next_needed.end - needed.begin <= args.ring_rows;
+    if (is_under_way) loader.issue(fresh);
 
     for (; item < pairs; item += Config::WARPS) {
       backward.queries(own, walk.columns.begin + item * QUERY_COLUMNS, bias_gradient);
@@ -332,10 +349,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     for (; item < 2 * pairs; item += Config::WARPS) backward.keys(own, walk.columns.begin + (item - pairs) * QUERY_COLUMNS);
     item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
     if (is_last) break;
-    if (!ahead) {
-      sync_threads();
-      loader.issue(fresh);
-    }
+    if (!is_under_way) sync_threads();
     own = next;
     needed = next_needed;
   }

@@ -40,9 +40,11 @@ struct StripBackwardConfig {
   static constexpr int CHUNKS = HEAD_DIM / 8;
   static constexpr int TOKEN = HEAD_DIM * 4;     // bytes of two tensors' token
   static constexpr u32 SECOND = HEAD_DIM * 2;    // the bit that leads from the first tensor's chunk to the second's
-  static constexpr int BIAS_LINES = 2 * WINDOW_ROWS - 1;
+  // Lines of the bias that a product may start from, whether in the window or not: 8 rows against what they need and one row more.
+  static constexpr int BIAS_LINES_BEFORE = 8;
+  static constexpr int BIAS_LINES = 2 * WINDOW_ROWS - 1 + 2 * BIAS_LINES_BEFORE;
   static constexpr int BIAS_LINE = 2 * WINDOW_COLUMNS + 1;  // odd: lines start in different banks
-  static constexpr int OFFSETS = BIAS_LINES * (2 * WINDOW_COLUMNS - 1);
+  static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
 };
 
 // The axis of a strip problem inside a dilation group.
@@ -63,7 +65,8 @@ struct StripBackwardMemory {
   // Ring 0 or 1, in the shared address space.
   FASTNA_DEVICE u32 ring(int index) const { return shared_address(start) + index * ring_bytes; }
   // (lse in base 2, delta) of a token.
-  FASTNA_DEVICE float2* statistics() const { return reinterpret_cast<float2*>(start + 2 * ring_bytes); }
+  FASTNA_DEVICE u8* statistics_bytes() const { return start + 2 * ring_bytes; }
+  FASTNA_DEVICE float2* statistics() const { return reinterpret_cast<float2*>(statistics_bytes()); }
   FASTNA_DEVICE float4* bias() const { return reinterpret_cast<float4*>(start + 2 * ring_bytes + round_up(tokens * 8, 16)); }
   FASTNA_DEVICE float* bias_gradient() const {
     return reinterpret_cast<float*>(bias() + (Config::HAS_RPB ? Config::BIAS_LINES * Config::BIAS_LINE : 0));
@@ -142,10 +145,10 @@ struct StripBackwardLoader {
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + walk.place.head * Config::OFFSETS;
     const float inverse_scale = 1.0f / args.geometry.scale;
     for (int i = thread_index(); i < Config::BIAS_LINES * Config::BIAS_LINE; i += Config::WARPS * WARP) {
-      const int line = i / Config::BIAS_LINE, x = i % Config::BIAS_LINE - Config::WINDOW_COLUMNS;
+      const int line = i / Config::BIAS_LINE - Config::BIAS_LINES_BEFORE, x = i % Config::BIAS_LINE - Config::WINDOW_COLUMNS;
       const auto one = [=](int offset) {
         const int index = offset + Config::WINDOW_COLUMNS - 1;
-        if (index < 0 || index > 2 * Config::WINDOW_COLUMNS - 2) return 0.0f;
+        if (line < 0 || line > 2 * Config::WINDOW_ROWS - 2 || index < 0 || index > 2 * Config::WINDOW_COLUMNS - 2) return 0.0f;
         return to_float(load_readonly(rpb + line * (2 * Config::WINDOW_COLUMNS - 1) + index)) * inverse_scale;
       };
       memory.bias()[i] = {one(x), one(x + 1), one(x - 1), one(x)};
