@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.layers import create_classifier
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -56,31 +55,26 @@ class Backbone(nn.Module):
 
     # What timm's optimisers, schedules and fine-tuning ask of a model.
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Biases by position and LayerScale: the original code decayed the former by accident."""
         return {name for name, _ in self.named_parameters() if name.endswith(("rpb", "gamma1", "gamma2"))}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names, from the image to the head; every block is a group (`coarse`: every stage)."""
         return {"stem": r"^patch_embed", "blocks": [(rf"^{self.stages_name}\.(\d+)", None), (r"^norm", (99999,))]}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of storing what it computed."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def set_attn_backend(self, backend: str | None) -> None:
         """Compute every attention with this one of `kernels`' backends; None lets `kernels` choose per problem."""
         for module in self.modules():
             if isinstance(module, NeighborhoodAttention):
                 module.backend = backend
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -213,7 +207,6 @@ class PyramidBackbone(Backbone):
         assert isinstance(stage, Level)
         return stage.downsample(x)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         name = self.stages_name
         blocks = [

@@ -182,8 +182,11 @@ def convert_attention(
     originals: list[Any] = [block.attn for block in blocks]
     if any(original.attn_drop.p > 0 for original in originals):
         raise ValueError("model: neighborhood attention has no attention dropout; make it with attn_drop_rate=0")
-    grid = _Grid()
-    patch_embed.register_forward_pre_hook(grid.record)
+    if isinstance(originals[0], ConvertedAttention):
+        grid = originals[0].grid
+    else:
+        grid = _Grid()
+        patch_embed.register_forward_pre_hook(grid.record)
     prefix = int(getattr(model, "num_prefix_tokens", 0))
     for block, original, d in zip(blocks, originals, dilations, strict=True):
         block.attn = ConvertedAttention(original, prefix, windows, (d, d), grid, backend)

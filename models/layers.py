@@ -98,7 +98,6 @@ class NeighborhoodAttention(nn.Module):
         *,
         head_dim: int = HEAD_DIM,
         is_global: bool = False,
-        qkv_bias: bool = True,
         proj_drop: float = 0.0,
         backend: str | None = None,
     ) -> None:
@@ -111,7 +110,7 @@ class NeighborhoodAttention(nn.Module):
         self.is_global = is_global
         self.backend = backend
         self.rpb = nn.Parameter(torch.zeros(self.num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 

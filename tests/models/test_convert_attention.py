@@ -82,10 +82,10 @@ def test_it_trains_at_high_resolution():
 
 @torch.no_grad()
 def test_it_compiles_and_exports():
-    model = convert_attention(make("vit_small_patch16_dinov3"), window=3)
+    model = convert_attention(make("vit_small_patch16_dinov3", depth=1), window=3)
     x = images(model, 5, 6)
     expected = model(x)
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
 
 
@@ -97,6 +97,7 @@ def test_a_converted_model_converts_again():
     near = convert_attention(model, window=3)(x)
     assert not torch.allclose(near, expected)
     torch.testing.assert_close(convert_attention(model, window=6)(x), expected, rtol=1e-4, atol=1e-4)
+    assert len(model.patch_embed._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize(

@@ -250,20 +250,34 @@ def test_models_copy_and_repeat(name):
     assert torch.equal(make(name).state_dict()["head.weight"], model.state_dict()["head.weight"])
 
 
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny", "vitrpb_small"])
 @torch.no_grad()
 def test_compiles_into_one_graph(name):
     model = make(name).eval()
     x = images(64, 64)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["nat_base", "dinat_s_tiny", "dinat_isotropic_small"])
 @torch.no_grad()
 def test_exports_with_any_batch(name):
     model = make(name).eval()
     exported = torch.export.export(model, (images(64, 64),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     x = images(64, 64, batch=5)
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_trains_under_autocast(name):
+    model = make(name, drop_path_rate=0.0).train()
+    x = images(64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    output.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    expected = model(x)
+    assert (output.float() - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_torch_hub_finds_the_models():

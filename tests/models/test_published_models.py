@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from published import image, layouts, logits, state_dict
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 
@@ -150,6 +151,37 @@ def test_norms_have_the_published_epsilon():
         if isinstance(m, torch.nn.LayerNorm)
     ]
     assert {norm.eps for norm in norms} == {1e-5}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "billions"),
+    [
+        ("nat_tiny", 224, 4.3),
+        ("nat_small", 224, 7.8),
+        ("dinat_base", 224, 13.7),
+        ("dinat_large_384", 384, 89.7),
+        ("dinat_large_384_11x11", 384, 92.4),
+        ("dinat_s_base", 224, 15.5),
+        ("nat_isotropic_small", 224, 4.3),
+    ],
+)
+@torch.no_grad()
+def test_multiplications_are_as_many_as_published(name, size, billions):
+    attention = 0
+
+    def count(module, arguments, _):
+        nonlocal attention
+        _, height, width, dim = arguments[0].shape
+        window, _ = module.window_for(height, width)
+        attention += 2 * height * width * window[0] * window[1] * dim
+
+    model = on_meta(name).eval()
+    for module in model.modules():
+        if isinstance(module, models.layers.NeighborhoodAttention):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device="meta"))
+    assert (counter.get_total_flops() / 2 + attention) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.parametrize("layout", sorted(logits()))
