@@ -34,6 +34,7 @@ struct HopperConfig {
   static constexpr int SLICE = ROW_BYTES / 2, SLICES = HEAD_DIM / SLICE;
   static constexpr int QUERY_BYTES = 64 * HEAD_DIM * 2, BOX_BYTES = KEYS * HEAD_DIM * 2;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
+  static_assert(K1_ <= 32, "rows of a box are hidden by the bits of one word");
   static_assert(Q0 * Q1 * Q2 == 64, "a warpgroup multiplies 64 queries");
   static_assert(K2_ % 8 == 0 && KEYS % 16 == 0 && KEYS <= 256, "eight keys of a box lie in one row; wgmma takes 16 to 256");
   static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head_dim is a multiple of 16 up to 256");
@@ -43,6 +44,12 @@ struct HopperConfig {
 struct Box {
   Interval axis[3];
 };
+
+// Bits [begin, end) of 32; what lies outside them is cut off.
+FASTNA_DEVICE u32 bits(int begin, int end) {
+  const auto below = [](int i) { return i <= 0 ? 0u : i >= 32 ? ~0u : (1u << i) - 1; };
+  return below(end) & ~below(begin);
+}
 
 // Chunk `c` of 16 bytes of row `r` in a slice with rows of ROW_BYTES: where TMA and wgmma expect it.
 template <int ROW_BYTES>
@@ -55,6 +62,9 @@ template <class Config>
 struct HopperForward {
   using T = typename Config::Element;
   static constexpr int D = Config::HEAD_DIM, N = Config::KEYS, STAGES = Config::STAGES, GROUPS = Config::WARPGROUPS;
+  static constexpr bool TURNS = GROUPS == 2;
+  static constexpr int FIRST_TURN = 8;  // named barriers
+  static constexpr float SLACK = 8.0f;  // log2
   static constexpr int ROW = Config::ROW_BYTES, SLICE = Config::SLICE, SLICES = Config::SLICES;
 
   struct Shared {
@@ -222,37 +232,53 @@ struct HopperForward {
         Wgmma<D>::template product_transposed<T>(output, weights + 4 * k, matrix_descriptor<ROW>(value + k * 16 * ROW, N * ROW));
       wgmma_commit();
     };
-    const auto hide = [&](const Walk& walk) {
+    // Queries that do not see a row of the box, or a column of it: their scores become -infinity.
+    const auto hide_rows = [&](const Walk& walk) {
       FASTNA_UNROLL
       for (int half_ = 0; half_ < 2; ++half_) {
-        const Interval rows0 = shared.windows[w][0][row + 8 * half_], rows1 = shared.windows[w][1][row + 8 * half_];
-        const Interval columns = shared.windows[w][2][row + 8 * half_];
-        const int first = box_begin(walk, 2) + 2 * quad - columns.begin;
-        const u32 visible = columns.size();
+        const Interval planes = shared.windows[w][0][row + 8 * half_], rows = shared.windows[w][1][row + 8 * half_];
+        const int plane = box_begin(walk, 0), line = box_begin(walk, 1);
+        const u32 visible = bits(rows.begin - line, rows.end - line);
         FASTNA_UNROLL
-        for (int r = 0; r < Config::K[0] * Config::K[1]; ++r) {
-          const bool in_rows = rows0.contains(box_begin(walk, 0) + r / Config::K[1]) && rows1.contains(box_begin(walk, 1) + r % Config::K[1]);
-          const u32 limit = in_rows ? visible : 0;
+        for (int r0 = 0; r0 < Config::K[0]; ++r0) {
+          const u32 in_plane = planes.contains(plane + r0) ? visible : 0;
           FASTNA_UNROLL
-          for (int n = 0; n < Config::K[2] / 8; ++n) {
+          for (int r1 = 0; r1 < Config::K[1]; ++r1) {
             FASTNA_UNROLL
-            for (int c = 0; c < 2; ++c) {
-              float& score = scores[(r * (Config::K[2] / 8) + n) * 4 + half_ * 2 + c];
-              if (static_cast<u32>(first + n * 8 + c) >= limit) score = -infinity();
+            for (int n = 0; n < Config::K[2] / 8; ++n) {
+              float* score = scores + ((r0 * Config::K[1] + r1) * (Config::K[2] / 8) + n) * 4 + half_ * 2;
+              if (!(in_plane >> r1 & 1)) score[0] = score[1] = -infinity();
             }
+          }
+        }
+      }
+    };
+    const auto hide_columns = [&](const Walk& walk) {
+      FASTNA_UNROLL
+      for (int half_ = 0; half_ < 2; ++half_) {
+        const Interval columns = shared.windows[w][2][row + 8 * half_];
+        const int first = box_begin(walk, 2) + 2 * quad;
+        FASTNA_UNROLL
+        for (int n = 0; n < Config::K[2] / 8; ++n) {
+          const int word = n / 4 * 32;
+          const u32 visible = bits(columns.begin - first - word, columns.end - first - word);
+          FASTNA_UNROLL
+          for (int c = 0; c < 2; ++c) {
+            FASTNA_UNROLL
+            for (int r = 0; r < Config::K[0] * Config::K[1]; ++r)
+              if (!(visible >> (n * 8 + c - word) & 1)) scores[(r * (Config::K[2] / 8) + n) * 4 + half_ * 2 + c] = -infinity();
           }
         }
       }
     };
     // Scores become weights 2^(scale (s - peak)); the sums and what is already summed up are brought to the new peak.
     const auto soften = [&](const Walk& walk) {
-      bool full = true;
-      FASTNA_UNROLL
-      for (int a = 0; a < 3; ++a) {
+      const auto inside = [&](int a) {
         const int begin = box_begin(walk, a);
-        full &= begin >= all.axis[a].begin && begin + Config::K[a] <= all.axis[a].end;
-      }
-      if (!full) hide(walk);
+        return begin >= all.axis[a].begin && begin + Config::K[a] <= all.axis[a].end;
+      };
+      if (!inside(0) || !inside(1)) hide_rows(walk);
+      if (!inside(2)) hide_columns(walk);
       FASTNA_UNROLL
       for (int half_ = 0; half_ < 2; ++half_) {
         float top = peak[half_];
@@ -260,6 +286,8 @@ struct HopperForward {
         for (int i = half_ * 2; i < N / 2; i += 4) top = fmaxf(top, fmaxf(scores[i], scores[i + 1]));
         top = fmaxf(top, shuffle_xor(top, 1));
         top = fmaxf(top, shuffle_xor(top, 2));
+        // A peak that is a little too low only makes weights up to 2^SLACK; keeping it spares the rescaling of the output.
+        if ((top - peak[half_]) * scale <= SLACK) top = peak[half_];
         rescale[half_] = exp2_approx((peak[half_] - top) * scale);
         peak[half_] = top;
         const float shift = top * scale;
@@ -278,14 +306,27 @@ struct HopperForward {
       for (int i = 0; i < N / 4; ++i) weights[i] = pack2<T>(scores[2 * i], scores[2 * i + 1]);
     };
     const auto rescale_output = [&]() {
+      if (all_in_warp(rescale[0] == 1.0f && rescale[1] == 1.0f)) return;
       FASTNA_UNROLL
       for (int i = 0; i < D / 2; ++i) output[i] *= rescale[i >> 1 & 1];
     };
+
+    // Two warpgroups take turns on the matrix units: while one multiplies, the other works on its softmax. There is a turn for
+    // every box, needed or not: else one warpgroup could wait for a turn that the other takes only when it sees a later box.
+    const auto begin_turn = [&]() {
+      if constexpr (TURNS) named_barrier(FIRST_TURN + w, 256);
+    };
+    const auto end_turn = [&]() {
+      if constexpr (TURNS) named_barrier_arrive(FIRST_TURN + (w ^ 1), 256);
+    };
+    if (w == 1) end_turn();
 
     const int count = steps();
     Walk walk{0, {0, 0, 0}};
     const auto skip_unneeded = [&]() {
       for (; walk.step < count && !needed(walk); walk.advance(boxes)) {
+        begin_turn();
+        end_turn();
         // The stage is released only after it was filled: an arrival before that would count for its last use.
         barrier_wait(shared.key_full[stage(walk.step)], parity(walk.step));
         release(shared.key_empty[stage(walk.step)]);
@@ -296,7 +337,9 @@ struct HopperForward {
     while (true) {
       skip_unneeded();
       if (walk.step >= count) break;
+      begin_turn();
       multiply_query_key(walk.step);
+      end_turn();
       wgmma_wait<0>();
       release(shared.key_empty[stage(walk.step)]);
       soften(walk);
@@ -305,8 +348,10 @@ struct HopperForward {
       int last = walk.step;
       walk.advance(boxes);
       while (walk.step < count && needed(walk)) {
+        begin_turn();
         multiply_query_key(walk.step);
         multiply_weights_value(last);
+        end_turn();
         wgmma_wait<1>();
         release(shared.key_empty[stage(walk.step)]);
         soften(walk);

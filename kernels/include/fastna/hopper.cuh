@@ -39,6 +39,11 @@ FASTNA_DEVICE void barrier_wait(MemoryBarrier& barrier, u32 parity) {
       : "memory");
 }
 
+// Counts the calling threads at barrier `id` without waiting; named_barrier waits for them too.
+FASTNA_DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Copies the map's box at (channel, x, y, z, batch) to shared memory, zeros where it lies outside the tensor; its bytes arrive at `barrier`.
 FASTNA_DEVICE void copy_box(void* shared, const TensorMap& map, MemoryBarrier& barrier, int channel, int x, int y, int z, int batch) {
   asm volatile(
