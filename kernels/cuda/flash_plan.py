@@ -123,10 +123,8 @@ def plan_forward(problem: Problem, arithmetic: Arithmetic, vector: int) -> Plan:
 
     choice, shared_bytes = _fit(problem, arithmetic, vector, columns, resident, False, shared)
     blocks = 2 if widest <= 256 else 1
-    if arithmetic.is_16_bit and widest <= 64:
-        blocks = 3 if problem.has_rpb else 4
-    elif arithmetic.is_16_bit and widest <= 128:
-        blocks = 2 if problem.has_rpb else 3
+    if arithmetic.is_16_bit and problem.rank < 3 and widest <= (64 if problem.has_rpb else 128):
+        blocks = 3
     source = KernelSource(
         "src/flash_forward.cuh",
         "flash_forward",
@@ -227,7 +225,7 @@ def _pitches(choice: Choice) -> tuple[int, int]:
 
 
 def _windows(choice: Choice) -> int:
-    return 3 * choice.rows * INTERVAL_BYTES
+    return 3 * (choice.rows + 2 * (choice.rows // WARP_ROWS)) * INTERVAL_BYTES
 
 
 def _bias_bytes(problem: Problem, choice: Choice) -> int:

@@ -20,7 +20,7 @@ SAMPLED_TILES = 64
 """Tiles of rows along one axis that are looked at: those between are like their neighbours."""
 
 NARROW_COLUMNS, WIDE_COLUMNS = 1.1, 1.02
-"""A product takes 8 columns: as one run along the last axis, every lane masks that axis once per tile; otherwise more often."""
+"""A product takes 8 columns: as a run along the last axis, a lane masks that axis once per tile, else more often."""
 
 TILE_OVERHEAD = 512
 """Time to start a tile of rows, in pairs per row: its loads and its stores."""
@@ -64,7 +64,7 @@ def visits(axis: Axis, rows: int, columns: int, inverse: bool) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def choose_tiling(axes: tuple[Axis, ...], rows: int, columns: int, inverse: bool) -> Tiling:
-    """The boxes of `rows` and `columns` tokens that take least time; always the same, as gradients are summed by tile."""
+    """The boxes of `rows` and `columns` tokens that take least time; always the same: gradients are summed by tile."""
 
     def cost(tiling: Tiling) -> float:
         sides = list(zip(axes, tiling.rows[-len(axes) :], tiling.columns[-len(axes) :], strict=True))

@@ -59,15 +59,14 @@ FASTNA_DEVICE bool place_tile(TilePlace& place, const Geometry& geometry, const 
   return holds_tokens;
 }
 
-// What the rows of a warp and of the whole tile see, along every axis; what a single row sees is in shared memory.
+// What the rows of a tile see, along every axis. Shared memory holds what single rows and warps see: registers are scarce.
 template <class Box, bool INVERSE>
 struct RowWindows {
-  static constexpr int TABLE = 3 * Box::SIZE;  // intervals in shared memory
-  Interval every[3];     // of all rows of the warp together
-  Interval common[3];    // what each row of the warp sees
-  Interval tile[3];      // of all rows of the tile together
-  const Interval* table; // [axis][row] of the warp's rows
-  bool idle;             // no row of the warp is a token
+  static constexpr int WARPS = Box::SIZE / 16;
+  static constexpr int TABLE = 3 * (Box::SIZE + 2 * WARPS);  // intervals in shared memory
+  Interval tile[3];         // of all rows together
+  const Interval* of_rows;  // [axis][row], from the warp's first row on
+  const Interval* of_warp;  // [axis][2]: what any row of the warp sees, empty where none is a token; what each of them sees
 
   static FASTNA_DEVICE Interval seen(const AxisArguments& axis, int position, int length) {
     if constexpr (INVERSE) return queries_at(axis, position, length);
@@ -77,12 +76,13 @@ struct RowWindows {
   // All threads of the block; `buffer` holds TABLE intervals.
   FASTNA_DEVICE void place(const Geometry& geometry, const TilePlace& place, int warp, Interval* buffer) {
     const int first_row = warp * 16;
-    idle = false;
-    table = buffer + first_row;
+    Interval* warp_buffer = buffer + 3 * Box::SIZE + warp * 6;
+    of_rows = buffer + first_row;
+    of_warp = warp_buffer;
     FASTNA_UNROLL
     for (int i = 0; i < 3; ++i) {
       if (i < Box::FIRST) {
-        every[i] = common[i] = tile[i] = {0, 1};
+        tile[i] = {0, 1};
         continue;
       }
       const AxisArguments& axis = geometry.axis[i];
@@ -92,14 +92,15 @@ struct RowWindows {
       const Interval high = seen(axis, minimum(place.origin[i] + Box::extent(i) - 1, last), length);
       tile[i] = {low.begin, high.end};
       const int first = place.origin[i] + Box::coordinate(first_row, i);
-      idle |= first > last;
       const Interval warp_low = seen(axis, minimum(first, last), length);
       const Interval warp_high = seen(axis, minimum(first + Box::warp_extent(i) - 1, last), length);
-      every[i] = {warp_low.begin, warp_high.end};
-      common[i] = {warp_high.begin, warp_low.end};
+      const Interval any = {warp_low.begin, warp_high.end}, each = {warp_high.begin, warp_low.end}, empty = {0, 0};
+      if (lane_index() == 0) {
+        warp_buffer[2 * i] = first <= last ? any : empty;
+        warp_buffer[2 * i + 1] = each;
+      }
       if (lane_index() < 16) {
         const int position = place.origin[i] + Box::coordinate(first_row + lane_index(), i);
-        const Interval empty = {0, 0};
         buffer[i * Box::SIZE + first_row + lane_index()] = position <= last ? seen(axis, position, length) : empty;
       }
     }
@@ -107,7 +108,7 @@ struct RowWindows {
   }
 
   // Row g (r = 0) or g + 8 (r = 1) of the lane. Empty along some axis where the row is no token.
-  FASTNA_DEVICE Interval of_row(int r, int axis) const { return table[axis * Box::SIZE + (lane_index() >> 2) + 8 * r]; }
+  FASTNA_DEVICE Interval of_row(int r, int axis) const { return of_rows[axis * Box::SIZE + (lane_index() >> 2) + 8 * r]; }
   FASTNA_DEVICE bool is_token(int r) const {
     bool result = true;
     FASTNA_UNROLL
@@ -118,18 +119,22 @@ struct RowWindows {
   // Whether any row of the warp may see a column of the tile at `origin`, and whether every row sees all of them.
   template <class Columns>
   FASTNA_DEVICE bool touches(const int (&origin)[3]) const {
-    bool result = !idle;
+    bool result = true;
     FASTNA_UNROLL
-    for (int i = Box::FIRST; i < 3; ++i)
-      result &= origin[i] < every[i].end && origin[i] + Columns::extent(i) > every[i].begin;
+    for (int i = Box::FIRST; i < 3; ++i) {
+      const Interval any = of_warp[2 * i];
+      result &= origin[i] < any.end && origin[i] + Columns::extent(i) > any.begin;
+    }
     return result;
   }
   template <class Columns>
   FASTNA_DEVICE bool sees_all(const int (&origin)[3]) const {
     bool result = true;
     FASTNA_UNROLL
-    for (int i = Box::FIRST; i < 3; ++i)
-      result &= origin[i] >= common[i].begin && origin[i] + Columns::extent(i) <= common[i].end;
+    for (int i = Box::FIRST; i < 3; ++i) {
+      const Interval each = of_warp[2 * i + 1];
+      result &= origin[i] >= each.begin && origin[i] + Columns::extent(i) <= each.end;
+    }
     return result;
   }
 };
@@ -224,18 +229,18 @@ FASTNA_DEVICE void load_tile(T* tile, const GroupView<Box::FIRST, T>& view, cons
   T* target = tile + row * PITCH + chunk * ELEMENTS;
   FASTNA_UNROLL
   for (int pass = 0; pass < Box::SIZE; pass += ROWS) {
+    // From pass to pass there are but a few different steps; an offset of its own for every pass would cost registers.
     bool valid = true;
-    i64 offset = 0;
     FASTNA_UNROLL
     for (int i = Box::FIRST; i < 3; ++i) {
-      const int coordinate = Box::coordinate(pass, i);
-      valid &= coordinate < room[i];
-      if (coordinate > 0) offset += coordinate * view.step[i];
+      valid &= Box::coordinate(pass, i) < room[i];
+      const int moved = pass == 0 ? 0 : Box::coordinate(pass, i) - Box::coordinate(pass - ROWS, i);
+      if (moved != 0) source += moved * view.step[i];
     }
     FASTNA_UNROLL
     for (int c = 0; c < CHUNKS / LANES; ++c) {
       T* to = target + pass * PITCH + c * LANES * ELEMENTS;
-      const T* from = source + offset + c * LANES * ELEMENTS;
+      const T* from = source + c * LANES * ELEMENTS;
       if constexpr (VECTOR >= 4) {
         copy_async<VECTOR>(shared_address(to), from, valid);
       } else {
