@@ -46,11 +46,16 @@ _set_pointers = STRIP_FORWARD.pointers("query.data", "key.data", "value.data", "
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one block computes: `8 * row_blocks` query rows by `columns` (even) query columns, by `warps` warps."""
+    """What one block computes: `8 * row_blocks` query rows by `columns` (even) query columns, by `warps` warps.
+
+    The compiler is held to registers that let `resident_warps` run on an SM, if their shared memory does: 12 leave a
+    thread 168 registers, 8 leave 255. Head dim 32 spills a few with 16, head dim 64 with 12 on some architectures.
+    """
 
     columns: int
     row_blocks: int = 1
     warps: int = 4
+    resident_warps: int = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +156,11 @@ def choose_tile(problem: Problem, shared_memory: int) -> Tile:
     SM has 1 KiB more, and takes 1 KiB for each block.
     """
     _, columns = _longest_map(problem)
-    tile = Tile(columns=_round_up(columns, 2))
+    resident_warps = 12 if problem.head_dim == 32 else 8
+    tile = Tile(columns=_round_up(columns, 2), resident_warps=resident_warps)
     for resident in (3, 2, 1):
         for parts in range(1, -(-columns // KEY_COLUMNS) + 1):
-            tile = Tile(columns=_round_up(-(-columns // parts), 2))
+            tile = Tile(columns=_round_up(-(-columns // parts), 2), resident_warps=resident_warps)
             if resident * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
                 return tile
     return tile
@@ -166,8 +172,6 @@ def plan(problem: Problem, tile: Tile) -> Plan:
     strips = -(-rows // (QUERY_ROWS * tile.row_blocks))
     tiles = -(-columns // tile.columns)
     shared_bytes = _shared_bytes(problem, tile)
-    # 16 warps leave 128 registers to a thread, 12 leave 168: enough for more scores or channels.
-    resident_warps = 16 if problem.head_dim == 32 and _key_rows(problem) <= 14 else 12
     config = instantiate(
         "StripForwardConfig",
         problem.dtype,
@@ -187,7 +191,7 @@ def plan(problem: Problem, tile: Tile) -> Plan:
         config=config,
         arguments="StripForwardArguments",
         threads=32 * tile.warps,
-        min_blocks=max(1, min(resident_warps // tile.warps, (228 << 10) // (shared_bytes + 1024))),
+        min_blocks=max(1, min(tile.resident_warps // tile.warps, (228 << 10) // (shared_bytes + 1024))),
         shared_bytes=shared_bytes,
     )
     grid = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation

@@ -10,7 +10,7 @@
 namespace fastna {
 
 struct StripForwardArguments {
-  TensorArguments query, key, value, output;
+  TensorArguments query, key, value, output;  // output is contiguous
   float* lse;
   const void* rpb;
   Geometry geometry;
@@ -167,7 +167,6 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
                                  map_view<T>(args.value, geometry, place, place.batch, key_head)};
   const MapView<T> queries = map_view<T>(args.query, geometry, place, place.batch, place.head);
   const MapView<T> outputs = map_view<T>(args.output, geometry, place, place.batch, place.head);
-  const MapView<float> lse = lse_view(args.lse, geometry, place);
   // Token t of the 16 is (row t % 8, column t / 8): chunks q + 4 i of tokens g and g + 8 are this lane's.
   const auto copy_query = [&](int product) {
     const int block = ROW_BLOCKS == 2 && product >= pairs ? 1 : 0;
@@ -236,7 +235,10 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
         for (int i = 0; i < HEAD_DIM / 32; ++i) {
           store_global_16(token + 32 * i, *reinterpret_cast<const uint4*>(staging + Layout::offset(g, q + 4 * i) + k * 8 * Layout::BYTES));
         }
-        if (q == k) *lse.at(lane_query, column + k) = (maximum[k] + log2_approx(sum[k])) * LN_2;
+        if (q == k) {  // output is contiguous: so many tokens and heads lie before this one
+          const i64 at = (token - static_cast<T*>(args.output.data)) / HEAD_DIM;
+          args.lse[at] = (maximum[k] + log2_approx(sum[k])) * LN_2;
+        }
       }
     }
     sync_warp();  // before the next product overwrites the staging

@@ -93,14 +93,6 @@ FASTNA_DEVICE MapView<T> map_view(const TensorArguments& tensor, const Geometry&
           static_cast<int>(tensor.axis[2] * geometry.axis[2].dilation)};
 }
 
-// The same of a contiguous [batch, rows, columns, heads], such as lse.
-FASTNA_DEVICE MapView<float> lse_view(float* lse, const Geometry& geometry, const StripPlace& place) {
-  const int rows = geometry.axis[1].length, columns = geometry.axis[2].length;
-  const i64 token = (static_cast<i64>(place.batch) * rows + place.row_group) * columns + place.column_group;
-  return {lse + token * geometry.heads + place.head, geometry.axis[1].dilation * columns * geometry.heads,
-          geometry.axis[2].dilation * geometry.heads};
-}
-
 // Issues the copies of ROWS x COLUMNS tokens from (row0, column0) of each view; tile k goes to shared address `shared[k]`. Only tile
 // rows in `rows` and tile columns below `columns` are read, the rest becomes zero: what a mask will suppress must not be NaN, since
 // 0 x NaN is NaN. All THREADS threads of the block call; the caller commits and waits.
