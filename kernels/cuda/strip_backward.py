@@ -36,14 +36,7 @@ BLOCK_RESERVE = 1024
 STRIP_BACKWARD = Struct(
     "StripBackwardArguments",
     "fastna/strip_backward_ring.cuh",
-    query=TENSOR,
-    key=TENSOR,
-    value=TENSOR,
-    output=TENSOR,
-    grad_output=TENSOR,
-    grad_query=TENSOR,
-    grad_key=TENSOR,
-    grad_value=TENSOR,
+    tensors=(TENSOR, 8),
     lse=POINTER,
     grad_lse=POINTER,
     rpb=POINTER,
@@ -56,12 +49,10 @@ STRIP_BACKWARD = Struct(
     tiles=INT,
     ring_rows=INT,
     pitch=INT,
+    walk_rows=INT,
 )
 _set_pointers = STRIP_BACKWARD.pointers(
-    *(
-        f"{name}.data"
-        for name in ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
-    ),
+    *(f"tensors[{index}].data" for index in range(8)),
     "lse",
     "grad_lse",
     "rpb",
@@ -99,6 +90,7 @@ class Plan:
     chunks: int
     ring_rows: int
     pitch: int
+    walk_rows: int
 
 
 def why_not(problem: Problem) -> str | None:
@@ -182,12 +174,8 @@ def pack(problem: Problem, plan: Plan, *strides: tuple[int, ...]) -> bytes:
     height, width = problem.space
     token = problem.heads * problem.head_dim
     gradient = pack_tensor((height * width * token, width * token, token, problem.head_dim), 2)
-    names = ("query", "key", "value", "output", "grad_output")
     return STRIP_BACKWARD.pack(
-        **{name: pack_tensor(stride, 2) for name, stride in zip(names, strides, strict=True)},
-        grad_query=gradient,
-        grad_key=gradient,
-        grad_value=gradient,
+        tensors=[*(pack_tensor(stride, 2) for stride in strides), gradient, gradient, gradient],
         geometry=pack_geometry(problem),
         step_rows=plan.step_rows,
         chunk_rows=plan.chunk_rows,
@@ -196,12 +184,13 @@ def pack(problem: Problem, plan: Plan, *strides: tuple[int, ...]) -> bytes:
         tiles=plan.tiles,
         ring_rows=plan.ring_rows,
         pitch=plan.pitch,
+        walk_rows=plan.walk_rows,
     )
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Tile | None:
-    """The widest tile whose rings fit into shared memory as often as registers allow, in the cheapest steps.
+    """The cheapest tile whose rings fit into shared memory as often as registers allow.
 
     One block per SM where even narrow tiles do not fit twice; None if not once. A small batch cuts maps into several
     walks.
@@ -215,18 +204,23 @@ def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties
     # A thread may have 128 registers if an SM runs 16 warps, 168 if 12: enough for 32 channels, or 64.
     many, few = ((4, 4), (8, 2)) if problem.head_dim == 32 else ((4, 3), (6, 2))
     candidates = itertools.chain(
-        ((*many, 1),) if columns <= 2 * PRODUCT_COLUMNS else (),
-        ((*few, tiles) for tiles in range(1, max(1, columns // problem.axes[1].window) + 1)),
-        ((few[0], 1, tiles) for tiles in range(1, -(-columns // 2) + 1)),
+        ((many, 1),) if columns <= 2 * PRODUCT_COLUMNS else (),
+        ((few, tiles) for tiles in range(1, max(1, columns // problem.axes[1].window) + 1)),
+        (((few[0], 1), tiles) for tiles in range(1, -(-columns // 2) + 1)),
     )
-    for warps, blocks, tiles in candidates:
-        steps = [Tile(tiles, step_rows, warps, blocks) for step_rows in range(min(STEP_ROWS, rows), 0, -1)]
-        if fitting := [tile for tile in steps if fits(tile)]:
-            tile = min(fitting, key=lambda tile: _work(problem.axes[0], tile.step_rows))
-            wanted = -(-blocks * device.multiprocessors // plan(problem, tile, needs_rpb_grad).grid)
-            tile = replace(tile, chunks=max(1, min(wanted, rows // (2 * tile.step_rows))))
-            return ahead if fits(ahead := replace(tile, ahead=True)) else tile
-    return None
+    best = None
+    for (warps, blocks), tiles in candidates:
+        if best is not None and blocks < best.blocks:
+            break
+        steps = (Tile(tiles, step_rows, warps, blocks) for step_rows in range(min(STEP_ROWS, rows), 0, -1))
+        options = [tile for tile in steps if fits(tile)] + ([best] if best is not None else [])
+        best = min(options, key=functools.partial(_instructions, problem), default=None)
+    if best is None:
+        return None
+    walks = plan(problem, best, needs_rpb_grad).grid
+    wanted = -(-best.blocks * device.multiprocessors // walks)
+    tile = replace(best, chunks=max(1, min(wanted, rows // (2 * best.step_rows))))
+    return ahead if fits(ahead := replace(tile, ahead=True)) else tile
 
 
 def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
@@ -238,6 +232,7 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
     chunks = -(-rows // chunk_rows)
     ring_rows = _most_needed(row_axis, tile.step_rows, 2 if tile.ahead else 1)
     pitch = max(PRODUCT_COLUMNS, _most_needed(column_axis, tile_columns, 1))
+    walk_rows = _round_up(min(rows, chunk_rows + 2 * row_axis.window), 2)
     source = KernelSource(
         header="src/strip_backward.cuh",
         function="strip_backward",
@@ -256,13 +251,13 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
         min_blocks=tile.blocks,
     )
     lines, offsets = 2 * row_axis.window - 1, 2 * column_axis.window - 1
-    # StripBackwardMemory: the rings, lse and delta, the bias, the warps' sums of its gradient, the places of rows.
+    # StripBackwardMemory: the rings, lse and delta, the bias, the warps' sums of its gradient, the row places, the views.
     shared_bytes = ring_rows * pitch * 8 * problem.head_dim + _round_up(ring_rows * pitch * 8, 16)
     if problem.has_rpb:
         shared_bytes += (lines + 2 * BIAS_LINES_BEFORE) * (2 * column_axis.window + 1) * 16
     if needs_rpb_grad:
         shared_bytes += _round_up(tile.warps * lines * offsets, 4) * 4
-    shared_bytes += 8 * min(rows, chunk_rows + 2 * row_axis.window)
+    shared_bytes += walk_rows * 8 + 8 * 16
     return Plan(
         source=source,
         grid=problem.batch * problem.heads * row_axis.dilation * column_axis.dilation * tiles * chunks,
@@ -274,6 +269,7 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
         chunks=chunks,
         ring_rows=ring_rows,
         pitch=pitch,
+        walk_rows=walk_rows,
     )
 
 
@@ -306,15 +302,20 @@ def _most_needed(axis: Axis, size: int, steps: int) -> int:
     return most
 
 
-@functools.cache
-def _work(axis: Axis, step_rows: int) -> int:
-    """Pairs of rows that all steps of a map multiply, each step itself counted as one more."""
-    length = axis.group_length(0)
-    total = 0
-    for begin in range(0, length, step_rows):
-        keys, queries = _keys_and_queries(axis, length, begin, begin + step_rows)
-        total += -(-(keys[1] - keys[0]) // 2) + -(-(queries[1] - queries[0]) // 2) + 1
-    return total
+def _instructions(problem: Problem, tile: Tile) -> float:
+    """Warp instructions of one map, counted in the compiled kernel: what a step multiplies, and what it loads."""
+    length, columns = _longest_map(problem)
+    row_axis, column_axis = problem.axes
+    tile_columns = 2 * -(-columns // (2 * tile.tiles))
+    tiles = -(-columns // tile_columns)
+    row_pairs = steps = 0
+    for begin in range(0, length, tile.step_rows):
+        keys, queries = _keys_and_queries(row_axis, length, begin, begin + tile.step_rows)
+        row_pairs += -(-(keys[1] - keys[0]) // 2) + -(-(queries[1] - queries[0]) // 2)
+        steps += 1
+    multiplied = (110 * row_pairs + 600 * steps) * -(-columns // 2)
+    loaded = 10 * length * tiles * _most_needed(column_axis, tile_columns, 1)
+    return multiplied + loaded
 
 
 def representative_sources() -> Iterable[KernelSource]:

@@ -210,6 +210,7 @@ struct StripBackward {
       if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(key_rows.begin - own.begin + Config::WINDOW_ROWS - 1, first - column);
       u32 visible = mask.rows;
 
+#pragma unroll 1
       for (int j = 0; j < key_rows.size(); j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE) {
         // Past the last row its predecessor again: masked, but no NaN.
         const u32 addresses[2] = {right.address(places[j].x), right.address(places[minimum(j + 1, key_rows.size() - 1)].x)};
@@ -231,7 +232,7 @@ struct StripBackward {
         Products::multiply(dq, ds, addresses);
       }
     }
-    Products::store(dq, args.geometry.scale, view(args.grad_query), own, column, column + 1, walk.columns.end);
+    Products::store(dq, args.geometry.scale, memory.view(GRAD_QUERY), own, column, column + 1, walk.columns.end);
   }
 
   // The gradients of the keys and values of `own` rows in columns `column`, `column` + 1. Near a border more than 8 query columns may
@@ -265,6 +266,7 @@ struct StripBackward {
       const float4* initial = bias(own.begin + g - query_rows.begin, column + 1 - low);
       u32 visible = mask.rows;
 
+#pragma unroll 1
       for (int i = 0; i < query_rows.size(); i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE) {
         const uint2 place[2] = {places[i], places[minimum(i + 1, query_rows.size() - 1)]};
         const u32 addresses[2] = {right.address(place[0].x), right.address(place[1].x)};
@@ -289,16 +291,12 @@ struct StripBackward {
         Products::multiply(dv, p, second_addresses);
       }
     }
-    Products::store(dk, args.geometry.scale, view(args.grad_key), own, column + 1, column, walk.columns.end);
-    Products::store(dv, 1.0f, view(args.grad_value), own, column + 1, column, walk.columns.end);
+    Products::store(dk, args.geometry.scale, memory.view(GRAD_KEY), own, column + 1, column, walk.columns.end);
+    Products::store(dv, 1.0f, memory.view(GRAD_VALUE), own, column + 1, column, walk.columns.end);
   }
 
   FASTNA_DEVICE static void start_from(float (&s)[4], float4 initial) {
     s[0] = initial.x, s[1] = initial.y, s[2] = initial.z, s[3] = initial.w;
-  }
-
-  FASTNA_DEVICE MapView<T> view(const TensorArguments& tensor) const {
-    return map_view<T>(tensor, args.geometry, walk.place, walk.place.batch, walk.place.head);
   }
 };
 
@@ -321,12 +319,14 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   Interval needed = walk.needed_rows(own);
   Interval fresh = needed;
   bool is_under_way = false;
+  loader.fill_views();
   loader.fill_row_places();
   if constexpr (Config::HAS_RPB) loader.fill_bias();
   if constexpr (Config::RPB_GRADIENT) {
+#pragma unroll 1
     for (int i = thread_index(); i < Config::WARPS * Config::OFFSETS; i += THREADS) memory.bias_gradient()[i] = 0.0f;
   }
-  StripBiasGradient<Config> bias_gradient(memory.bias_gradient() + warp_index() * Config::OFFSETS);
+  sync_threads();
 
   const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS);
   int item = warp_index();
@@ -342,10 +342,13 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     is_under_way = !is_last && next_needed.end - needed.begin <= args.ring_rows;
     if (is_under_way) loader.issue(fresh);
 
-    for (; item < pairs; item += Config::WARPS) {
-      backward.queries(own, walk.columns.begin + item * QUERY_COLUMNS, bias_gradient);
+    {
+      StripBiasGradient<Config> bias_gradient(memory.bias_gradient() + warp_index() * Config::OFFSETS);
+      for (; item < pairs; item += Config::WARPS) {
+        backward.queries(own, walk.columns.begin + item * QUERY_COLUMNS, bias_gradient);
+      }
+      if constexpr (Config::RPB_GRADIENT) bias_gradient.flush();
     }
-    if constexpr (Config::RPB_GRADIENT) bias_gradient.flush();
     for (; item < 2 * pairs; item += Config::WARPS) backward.keys(own, walk.columns.begin + (item - pairs) * QUERY_COLUMNS);
     item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
     if (is_last) break;
@@ -356,6 +359,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
 
   if constexpr (Config::RPB_GRADIENT) {
     sync_threads();
+#pragma unroll 1
     for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) {
       float sum = 0.0f;
       for (int warp = 0; warp < Config::WARPS; ++warp) sum += memory.bias_gradient()[warp * Config::OFFSETS + i];

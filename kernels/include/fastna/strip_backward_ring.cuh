@@ -15,8 +15,10 @@
 
 namespace fastna {
 
+enum StripTensor : int { QUERY, KEY, VALUE, OUTPUT, GRAD_OUTPUT, GRAD_QUERY, GRAD_KEY, GRAD_VALUE, STRIP_TENSORS };
+
 struct StripBackwardArguments {
-  TensorArguments query, key, value, output, grad_output, grad_query, grad_key, grad_value;
+  TensorArguments tensors[STRIP_TENSORS];
   const float* lse;       // [batch, rows, columns, heads]
   const float* grad_lse;  // likewise, or null
   const void* rpb;        // [heads, 2 k_rows - 1, 2 k_columns - 1]
@@ -25,6 +27,7 @@ struct StripBackwardArguments {
   int step_rows, chunk_rows, chunks;  // rows of a step (at most 8); rows that a block walks; blocks per column tile
   int tile_columns, tiles;
   int ring_rows, pitch;  // what a ring holds: rows, and columns of each
+  int walk_rows;         // most rows that a walk meets, its halo included; even
 };
 
 template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int WARPS_, bool HAS_RPB_, bool RPB_GRADIENT_>
@@ -58,10 +61,13 @@ struct SlidingAxis {
 template <class Config>
 struct StripBackwardMemory {
   u8* start;
-  int ring_bytes, tokens;
+  int ring_bytes, tokens, row_count;
 
   FASTNA_DEVICE explicit StripBackwardMemory(const StripBackwardArguments& args)
-      : start(dynamic_shared<u8>()), ring_bytes(args.ring_rows * args.pitch * Config::TOKEN), tokens(args.ring_rows * args.pitch) {}
+      : start(dynamic_shared<u8>()), ring_bytes(args.ring_rows * args.pitch * Config::TOKEN), tokens(args.ring_rows * args.pitch), row_count(args.walk_rows) {}
+  // The block's map in each tensor: worked out once, and too many to keep in registers.
+  FASTNA_DEVICE MapView<typename Config::T>* views() const { return reinterpret_cast<MapView<typename Config::T>*>(row_places() + row_count); }
+  FASTNA_DEVICE MapView<typename Config::T> view(StripTensor tensor) const { return views()[tensor]; }
   // Ring 0 or 1, in the shared address space.
   FASTNA_DEVICE u32 ring(int index) const { return shared_address(start) + index * ring_bytes; }
   // (lse in base 2, delta) of a token.
@@ -128,8 +134,10 @@ struct StripBackwardLoader {
   const StripBackwardWalk<Config>& walk;
   const StripBackwardMemory<Config>& memory;
 
-  FASTNA_DEVICE MapView<const T> view(const TensorArguments& tensor) const {
-    return map_view<const T>(tensor, args.geometry, walk.place, walk.place.batch, walk.place.head);
+  FASTNA_DEVICE void fill_views() const {
+    const int tensor = thread_index();
+    if (tensor >= STRIP_TENSORS) return;
+    memory.views()[tensor] = map_view<T>(args.tensors[tensor], args.geometry, walk.place, walk.place.batch, walk.place.head);
   }
 
   FASTNA_DEVICE void fill_row_places() const {
@@ -144,6 +152,7 @@ struct StripBackwardLoader {
   FASTNA_DEVICE void fill_bias() const {
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + walk.place.head * Config::OFFSETS;
     const float inverse_scale = 1.0f / args.geometry.scale;
+#pragma unroll 1
     for (int i = thread_index(); i < Config::BIAS_LINES * Config::BIAS_LINE; i += Config::WARPS * WARP) {
       const int line = i / Config::BIAS_LINE - Config::BIAS_LINES_BEFORE, x = i % Config::BIAS_LINE - Config::WINDOW_COLUMNS;
       const auto one = [=](int offset) {
@@ -158,10 +167,11 @@ struct StripBackwardLoader {
   // Issues the copies of some rows, a warp a row. Columns past the stored ones become zero: what a mask will suppress must not be
   // NaN, since 0 x NaN is NaN.
   FASTNA_DEVICE void issue(Interval rows) const {
-    const MapView<const T> key = view(args.key), value = view(args.value), query = view(args.query), grad = view(args.grad_output);
+    const MapView<T> key = memory.view(KEY), value = memory.view(VALUE), query = memory.view(QUERY), grad = memory.view(GRAD_OUTPUT);
     for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
       const u32 slot = row % args.ring_rows;
       const u32 base = memory.ring(0) + slot * args.pitch * Config::TOKEN;
+#pragma unroll 1
       for (int i = lane_index(); i < args.pitch * Config::CHUNKS; i += WARP) {
         const int column = i / Config::CHUNKS, chunk = i % Config::CHUNKS;
         const int at = walk.stored_columns.begin + column;
@@ -180,7 +190,7 @@ struct StripBackwardLoader {
   // first loads of the output are under way while it waits.
   FASTNA_DEVICE void finish(Interval rows) const {
     constexpr int BATCH = 4;
-    const MapView<const T> output = view(args.output);
+    const MapView<T> output = memory.view(OUTPUT);
     const int total = args.pitch * Config::CHUNKS;
     const int lane = lane_index(), chunk = lane % Config::CHUNKS;
     const i64 lse_column = static_cast<i64>(args.geometry.heads) * args.geometry.axis[2].dilation;
