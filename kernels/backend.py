@@ -12,7 +12,8 @@ from kernels.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """The tensors of a call, shaped and typed as its `Problem` says, with any strides that keep the last dimension contiguous.
+    """The tensors of a call, shaped and typed as its `Problem` says, with any strides that keep the last dimension
+    contiguous.
 
     Additional keys and values come together or not at all.
     """
@@ -27,7 +28,7 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """Gradients of the operands, contiguous and in the operands' dtypes; None where there is no operand or none was asked for."""
+    """Gradients of the operands, contiguous and in the operands' dtypes; None where there is none."""
 
     query: Tensor
     key: Tensor
@@ -63,7 +64,7 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradients of all operands; that of rpb, accumulated in float32 at least, only if `needs_rpb_grad`.
 
-        `grad_output` has a contiguous last dimension, `grad_lse` is None where nothing depends on lse. With p = exp(s - lse),
-        dp = grad_output value^T and delta = sum(grad_output * output, -1) - grad_lse: ds = p * (dp - delta).
+        `grad_output` has a contiguous last dimension, `grad_lse` is None where nothing depends on lse. With p = exp(s
+        - lse), dp = grad_output value^T and delta = sum(grad_output * output, -1) - grad_lse: ds = p * (dp - delta).
         """
         ...

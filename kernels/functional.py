@@ -93,19 +93,19 @@ def neighborhood_attention(
     A window is pushed inward at a border, so every query has equally many keys; a causal one is cut on the left.
 
     Args:
-        query: `[batch, *space, heads, head_dim]`, float16, bfloat16, float32 or float64. Any strides; a tensor whose last
-            dimension is not contiguous is copied first.
+        query: `[batch, *space, heads, head_dim]`, float16, bfloat16, float32 or float64. Any strides; a tensor whose
+            last dimension is not contiguous is copied first.
         key: `[batch, *space, key_heads, head_dim]`; `key_heads` divides `heads`, query head h reads key head
             `h // (heads // key_heads)`.
         value: `[batch, *space, key_heads, value_dim]`.
-        kernel_size: keys per axis; `kernel_size * dilation` may not exceed the axis. As the next three, one for all axes or
-            one per axis.
+        kernel_size: keys per axis; `kernel_size * dilation` may not exceed the axis. As the next three, one for all
+            axes or one per axis.
         dilation: tokens from one key to the next.
         stride: queries that share one window; 1 slides, `kernel_size` makes blocks.
         is_causal: whether keys behind the query are hidden.
-        rpb: relative positional bias `[heads, 2 * kernel_size - 1, ...]`, added to the scaled score of query i and key j at
-            index `j - i + kernel_size - 1`, counted in steps of the dilation. Of the query's dtype, or float32 for float16
-            and bfloat16.
+        rpb: relative positional bias `[heads, 2 * kernel_size - 1, ...]`, added to the scaled score of query i and key
+            j at index `j - i + kernel_size - 1`, counted in steps of the dilation. Of the query's dtype, or float32
+            for float16 and bfloat16.
         scale: of the scores; None for `head_dim ** -0.5`.
         additional_keys: `[batch, n, key_heads, head_dim]`, seen by every query besides its window, without bias.
         additional_values: `[batch, n, key_heads, value_dim]`.
@@ -209,7 +209,7 @@ def explain(
     additional_values: Tensor | None = None,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would serve `neighborhood_attention` of the same arguments, and why each other would not; print it."""
+    """Which backend would serve `neighborhood_attention` of the same arguments, and why no other; print it."""
     call = _arguments(
         None,
         query,
@@ -245,11 +245,13 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     for i, (output, lse) in enumerate(zip(outputs, lses, strict=True)):
         if output.shape != outputs[0].shape:
             raise ValueError(
-                f"outputs[{i}] has shape {tuple(output.shape)}, outputs[0] has {tuple(outputs[0].shape)}; they must be equal"
+                f"outputs[{i}] has shape {tuple(output.shape)}, outputs[0] has {tuple(outputs[0].shape)}; they must "
+                f"be equal"
             )
         if lse.shape != output.shape[:-1]:
             raise ValueError(
-                f"lses[{i}] has shape {tuple(lse.shape)}; it must be that of outputs[{i}] less the last axis, {tuple(output.shape[:-1])}"
+                f"lses[{i}] has shape {tuple(lse.shape)}; it must be that of outputs[{i}] less the last axis, "
+                f"{tuple(output.shape[:-1])}"
             )
     stacked = torch.stack(tuple(lses))
     merged = stacked.logsumexp(0)

@@ -12,8 +12,8 @@ from kernels.validation import BoolPerAxis, IntPerAxis, bools_per_axis, ints_per
 class _NeighborhoodAttention(nn.Module):
     """Multi-head neighborhood self-attention over `[batch, *space, dim]`; the subclasses say over how many axes.
 
-    *Neighborhood Attention Transformer* (arXiv 2204.07143, section 3). Parameters are named as in the published checkpoints:
-    `qkv`, `rpb` (`[num_heads, 2 * kernel_size - 1, ...]`), `proj`.
+    *Neighborhood Attention Transformer* (arXiv 2204.07143, section 3). Parameters are named as in the published
+    checkpoints: `qkv`, `rpb` (`[num_heads, 2 * kernel_size - 1, ...]`), `proj`.
 
     Args:
         dim: channels; a multiple of `num_heads`.
@@ -71,7 +71,7 @@ class _NeighborhoodAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def fit(self, space: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], Tensor | None]:
-        """Window, dilation and rpb to use on a map of size `space`; override it where windows must shrink on small maps."""
+        """Window, dilation and rpb on a map of size `space`; to override where windows shrink on small maps."""
         return self.kernel_size, self.dilation, self.rpb
 
     def forward(self, x: Tensor) -> Tensor:

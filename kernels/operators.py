@@ -184,7 +184,7 @@ def _refuse(ctx: Any, *gradients: Tensor) -> None:
 
 
 def _autocast(device: str) -> None:
-    """Under autocast on `device`, all operands but rpb are cast: rpb is a parameter, read and accumulated in its own precision."""
+    """Under autocast on `device`, all operands but rpb are cast: rpb, a parameter, keeps its own precision."""
     key_set = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

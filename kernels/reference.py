@@ -16,7 +16,7 @@ from kernels.problem import Axis, Problem
 
 @cache
 def visible_and_offset(axis: Axis) -> tuple[Tensor, Tensor]:
-    """For every (query, key) pair of an axis: whether the query sees the key, and the pair's index into rpb, [length, length]."""
+    """For each pair of an axis: whether the query sees the key, and its index into rpb, both [queries, keys]."""
     visible = torch.zeros(axis.length, axis.length, dtype=torch.bool)
     offset = torch.zeros(axis.length, axis.length, dtype=torch.long)
     for query in range(axis.length):

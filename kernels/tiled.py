@@ -1,8 +1,9 @@
 """Batched matrix products over query tiles and their halos, in plain PyTorch: any device, any option.
 
-For each class of alike tiles (see `tiles.py`), the tiles of a chunk are copied out through strided views, scores start as the
-class's bias (with -inf outside the windows) and the product is added to them. A chunk holds a bounded number of scores, so
-the working set does not grow with the map. Where windows are whole dilation groups, a tile is a group and there is no mask.
+For each class of alike tiles (see `tiles.py`), the tiles of a chunk are copied out through strided views, scores start
+as the class's bias (with -inf outside the windows) and the product is added to them. A chunk holds a bounded number of
+scores, so the working set does not grow with the map. Where windows are whole dilation groups, a tile is a group and
+there is no mask.
 
 Copies convert to the accumulation dtype: float16 and bfloat16 are computed in float32 throughout.
 """
@@ -21,7 +22,8 @@ from kernels.backend import Gradients, Operands
 from kernels.problem import Axis, Problem
 from kernels.tiles import TileClass, bias_index, tile_classes, tile_view
 
-# Scores in flight. On a CPU a few MiB stay in the last-level cache between the passes; a GPU wants launches that fill it.
+# Scores in flight. On a CPU a few MiB stay in the last-level cache between the passes; a GPU wants launches that fill
+# it.
 CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
@@ -45,8 +47,8 @@ class Workspace:
 class Tiles:
     """One class of tiles in one call: its views of the operands, its bias, its chunks.
 
-    Products run over `[matrices, rows, columns]`: a matrix is one tile and one key head; its rows are the tile's queries for each of
-    the query heads that share the key head, its columns the halo's keys, then the additional ones.
+    Products run over `[matrices, rows, columns]`: a matrix is one tile and one key head; its rows are the tile's
+    queries for each of the query heads that share the key head, its columns the halo's keys, then the additional ones.
     """
 
     def __init__(self, problem: Problem, operands: Operands, tiles: TileClass, workspace: Workspace) -> None:
@@ -98,7 +100,7 @@ class Tiles:
         return buffer.copy_(part).view(-1, self.rows, part.shape[-1])
 
     def read_columns(self, name: str, view: Tensor, additional: Tensor | None, chunk: tuple[slice, ...]) -> Tensor:
-        """The chunk's part of a `columns_view`, with the additional keys or values behind, as `[matrices, columns, dim]`."""
+        """The chunk's part of a `columns_view`, additional keys or values behind, as `[matrices, columns, dim]`."""
         part = view[chunk]
         dim = part.shape[-1]
         lead = part.shape[: len(self.outer) + 1]
@@ -120,7 +122,7 @@ class Tiles:
         return torch.baddbmm(scores, query, key.mT, beta=beta, alpha=self.problem.scale, out=scores)
 
     def _bias(self) -> Tensor | None:
-        """`[key_heads, shared, queries, keys]` (or 1 for either of the first two): rpb, and -inf outside the windows."""
+        """`[key_heads, shared, queries, keys]` (or 1, 1, queries, keys): rpb, -inf outside the windows."""
         rpb = self.operands.rpb
         problem = self.problem
         if rpb is None:
@@ -200,7 +202,7 @@ class Tiled:
                 do = part.read_rows("grad_output", grad_output_view, chunk)
                 own_delta = part.read_rows("delta", delta_view, chunk)
 
-                # A tile sees all keys of its queries, so that softmax gives p without lse, and faster than exp of the difference.
+                # A tile holds all keys of its queries: softmax gives p without lse, faster than exp of the difference.
                 scores = part.scores(query, key)
                 p = torch.softmax(scores, -1, out=scores)
                 grad = torch.bmm(p.mT, do, out=workspace.take("grad", *value.shape))
@@ -228,7 +230,7 @@ def _delta(problem: Problem, output: Tensor, grad_output: Tensor, grad_lse: Tens
 
 
 class _Sums:
-    """Gradients in the making. Tiles share keys, so those of key and value are sums, kept heads-first: long rows to add."""
+    """Gradients in the making. Tiles share keys: those of key and value are sums, kept heads-first (longer rows)."""
 
     def __init__(self, problem: Problem, operands: Operands, needs_rpb_grad: bool) -> None:
         self.problem = problem

@@ -1,9 +1,9 @@
 """How `tiled` cuts a space: query tiles, the keys that their windows span, and which tiles are alike.
 
-A tile is a run of consecutive positions of one dilation group per axis; its halo is the bounding box of its windows. Tiles
-whose windows lie alike in their halos form a class. A class has constant steps from tile to tile and from group to group, so
-all its query tiles are one strided view of the query and all its halos are one (overlapping) strided view of the key: nothing
-is gathered by index, and one bias serves the class.
+A tile is a run of consecutive positions of one dilation group per axis; its halo is the bounding box of its windows.
+Tiles whose windows lie alike in their halos form a class. A class has constant steps from tile to tile and from group
+to group, so all its query tiles are one strided view of the query and all its halos are one (overlapping) strided view
+of the key: nothing is gathered by index, and one bias serves the class.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from kernels.problem import Axis, Problem
 
-# Queries of a tile along one axis, by rank: as long as the window, within these bounds. Shorter tiles make small products,
-# longer ones waste keys ((tile + window - 1) / window per axis are multiplied for each one used).
+# Queries of a tile along one axis, by rank: as long as the window, within these bounds. Shorter tiles make small
+# products, longer ones waste keys ((tile + window - 1) / window per axis are multiplied for each one used).
 SHORTEST = {1: 16, 2: 4, 3: 3}
 LONGEST = {1: 256, 2: 16, 3: 6}
 
 
 @dataclass(frozen=True, slots=True)
 class AxisClass:
-    """Alike tiles along one axis. Positions count inside a dilation group; `windows` are relative to the halo's first key."""
+    """Alike tiles along one axis. Positions are those of a dilation group; `windows` start at the halo's first key."""
 
     first_group: int
     groups: int
@@ -70,16 +70,16 @@ def _group_classes(axis: Axis, rank: int, first_group: int, groups: int) -> list
     alike: dict[tuple[int, int, tuple[tuple[int, int], ...]], list[int]] = {}
     for start in range(0, length, tile):
         windows = [axis.window_at(position, length) for position in range(start, min(start + tile, length))]
-        key_start = min(first for first, _ in windows)
-        keys = max(end for _, end in windows) - key_start
+        key_start = min(window[0] for window in windows)
+        keys = max(window[1] for window in windows) - key_start
         relative = tuple((first - key_start, end - key_start) for first, end in windows)
         alike.setdefault((start - key_start, keys, relative), []).append(start)
     classes = []
-    for (ahead, keys, windows), starts in alike.items():
+    for (ahead, keys, relative), starts in alike.items():
         for run in _arithmetic_runs(starts):
             step = run[1] - run[0] if len(run) > 1 else tile
             classes.append(
-                AxisClass(first_group, groups, len(run), step, run[0], len(windows), run[0] - ahead, keys, windows)
+                AxisClass(first_group, groups, len(run), step, run[0], len(relative), run[0] - ahead, keys, relative)
             )
     return classes
 
@@ -109,8 +109,8 @@ def tile_view(
 ) -> Tensor:
     """The queries, or the keys of the halos, of all tiles of a class: a view that copies nothing.
 
-    `tensor` is `[batch, *space, ...rest]`; the view `[batch, groups_0, tiles_0, groups_1, tiles_1, ..., n_0, n_1, ..., *rest]`.
-    `pieces` limits each halo to the keys [first, last) of each axis.
+    `tensor` is `[batch, *space, ...rest]`; the view `[batch, groups_0, tiles_0, groups_1, tiles_1, ..., n_0, n_1, ...,
+    *rest]`. `pieces` limits each halo to the keys [first, last) of each axis.
     """
     strides = tensor.stride()
     offset = tensor.storage_offset()

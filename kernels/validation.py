@@ -1,4 +1,4 @@
-"""From the tensors and arguments of a call to its `Problem`, or to an error that names argument, value, rule and fix."""
+"""From tensors and arguments to a `Problem`, or to an error that names argument, value, rule and fix."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ def rank_of(query: Tensor, rank: int | None) -> int:
         rank = query.dim() - 3
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(
-                f"query has {query.dim()} dimensions {tuple(query.shape)}; [batch, *space, heads, head_dim] with a space of "
+                f"query has {query.dim()} dimensions {tuple(query.shape)}; [batch, *space, heads, head_dim] with a "
+                f"space of "
                 f"1 to {MAX_RANK} axes has 4 to {MAX_RANK + 3}"
             )
     elif query.dim() != rank + 3:
         raise ValueError(
-            f"query has {query.dim()} dimensions {tuple(query.shape)}; na{rank}d takes {rank + 3}: [batch, *space, heads, "
+            f"query has {query.dim()} dimensions {tuple(query.shape)}; na{rank}d takes {rank + 3}: [batch, *space, "
+            f"heads, "
             f"head_dim] with a space of {rank} axes (neighborhood_attention takes any rank)"
         )
     return rank
@@ -55,7 +57,8 @@ def _per_axis(name: str, value: Any, rank: int, kind: type, called: str) -> list
         raise TypeError(f"{name}={value!r} must be {called}, or a tuple of {rank} of them, one per axis of the space")
     if len(value) != rank:
         raise ValueError(
-            f"{name}={value!r} has {len(value)} items, the space has {rank} axes; give one per axis, or {called} for all"
+            f"{name}={value!r} has {len(value)} items, the space has {rank} axes; give one per axis, or {called} for "
+            f"all"
         )
     return list(value)
 
@@ -78,7 +81,8 @@ def require_tensors(**operands: Tensor | None) -> None:
             raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
         if tensor.layout is not torch.strided:
             raise TypeError(
-                f"{name} has layout {tensor.layout}; only dense (torch.strided) tensors are taken: call {name}.to_dense()"
+                f"{name} has layout {tensor.layout}; only dense (torch.strided) tensors are taken: call "
+                f"{name}.to_dense()"
             )
 
 
@@ -95,7 +99,7 @@ def describe(
     is_causal: Sequence[bool],
     scale: float,
 ) -> Problem:
-    """The `Problem` of a call; ValueError or TypeError if it is none. Cached: a call seen before costs a dictionary look-up."""
+    """The `Problem` of a call; ValueError or TypeError if it is none. Cached by shapes and arguments."""
     return _describe(
         *_key(query, key, value, rpb, additional_keys, additional_values),
         tuple(window),
@@ -119,7 +123,7 @@ def check(
     is_causal: Sequence[bool],
     scale: float,
 ) -> None:
-    """As `describe`, for tensors whose sizes may be symbolic: those cannot be hashed, so nothing is cached or returned."""
+    """As `describe`, for tensors whose sizes may be symbolic: those cannot be hashed, so nothing is cached."""
     metadata = _key(query, key, value, rpb, additional_keys, additional_values)
     _describe.__wrapped__(*metadata, tuple(window), tuple(dilation), tuple(stride), tuple(is_causal), scale)
 
@@ -203,7 +207,8 @@ def _check_shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int
             )
         if shape[: rank + 1] != query[: rank + 1]:
             raise ValueError(
-                f"{name} has batch and space {tuple(shape[: rank + 1])}, query has {tuple(query[: rank + 1])}; they must be "
+                f"{name} has batch and space {tuple(shape[: rank + 1])}, query has {tuple(query[: rank + 1])}; they "
+                f"must be "
                 f"equal in the layout {layout} (heads after the space)"
             )
     if key[-2] != value[-2]:
@@ -222,7 +227,8 @@ def _check_shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int
             raise ValueError(f"{name} is {size}; it must be at least 1, in the layout {layout}")
     if query[-2] % key[-2]:
         raise ValueError(
-            f"query has {query[-2]} heads, key and value have {key[-2]}; the heads of query must be a multiple of theirs "
+            f"query has {query[-2]} heads, key and value have {key[-2]}; the heads of query must be a multiple of "
+            f"theirs "
             "(each key head serves equally many query heads)"
         )
 
@@ -239,7 +245,8 @@ def _axis(index: int, length: int, window: int, dilation: int, stride: int, caus
         )
     if window * dilation > length:
         raise ValueError(
-            f"kernel_size={window} with dilation={dilation} on {here}: kernel_size * dilation = {window * dilation} must not "
+            f"kernel_size={window} with dilation={dilation} on {here}: kernel_size * dilation = {window * dilation} "
+            f"must not "
             f"exceed the length; take kernel_size <= {length // dilation} or dilation <= {max(length // window, 1)}"
             if window <= length
             else f"kernel_size={window} with dilation={dilation} on {here}: the window is larger than the axis; take "
@@ -260,7 +267,8 @@ def _additional(
     for name, shape, dim in (("additional_keys", keys[0], head_dim), ("additional_values", values[0], value_dim)):
         if len(shape) != 4 or shape[0] != batch or shape[2:] != (key_heads, dim):
             raise ValueError(
-                f"{name} has shape {tuple(shape)}; it must be [batch, n, key heads, dim] = [{batch}, n, {key_heads}, {dim}]"
+                f"{name} has shape {tuple(shape)}; it must be [batch, n, key heads, dim] = [{batch}, n, {key_heads}, "
+                f"{dim}]"
             )
     if keys[0][1] != values[0][1]:
         raise ValueError(
@@ -283,5 +291,6 @@ def _check_rpb(rpb: _Metadata, problem: Problem) -> None:
         )
     if device != problem.device:
         raise ValueError(
-            f"rpb is on {device}, query on {problem.device}; they must be on one device: rpb.to({str(problem.device)!r})"
+            f"rpb is on {device}, query on {problem.device}; they must be on one device: "
+            f"rpb.to({str(problem.device)!r})"
         )

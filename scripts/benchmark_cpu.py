@@ -64,7 +64,7 @@ def best_of_rounds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def table(names: Sequence[str], batch: int, size: int, rounds: int) -> str:
-    """Markdown: a row per model, images/s and their ratio to the baseline's, in inference and in forward plus backward."""
+    """Markdown: a row per model, images/s its ratio to the baseline's, in inference and in training."""
     columns = {}
     for kind in (inference, training):
         columns[kind] = best_of_rounds({name: kind(name, batch, size) for name in names}, rounds)
