@@ -12,6 +12,7 @@ problem and set of strides; a call only writes the pointers over a copy of those
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -107,18 +108,27 @@ class Struct:
         return bytes(buffer)
 
     def pointers(self, *names: str) -> Callable[..., bytes]:
-        """A function `(packed, *addresses) -> bytes` that writes the addresses of the named pointer fields into a copy.
+        """A function `(packed, *addresses) -> bytes` that gives a copy with the addresses of the named pointers in it.
 
-        A name may be dotted: `"query.data"`. This is all that a call does to its arguments.
+        A name may be dotted: `"query.data"`. This is all that a call does to its arguments, so it is one packing of the
+        addresses and the stretches of bytes between them.
         """
-        offsets = [self.offsets[name] for name in names]
-        write = struct.Struct("<Q").pack_into
+        places = sorted((self.offsets[name], index) for index, name in enumerate(names))
+        starts = [0, *(offset + POINTER.size for offset, _ in places)]
+        ends = [*(offset for offset, _ in places), self.size]
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        order = [index for _, index in places]
+        pack = struct.Struct("<" + "Q".join(f"{length}s" for length in lengths)).pack
+
+        @functools.lru_cache(maxsize=4096)
+        def stretches(packed: bytes) -> list[bytes]:
+            return [packed[start:end] for start, end in zip(starts, ends, strict=True)]
 
         def set_pointers(packed: bytes, *addresses: int) -> bytes:
-            buffer = bytearray(packed)
-            for offset, address in zip(offsets, addresses, strict=True):
-                write(buffer, offset, address)
-            return bytes(buffer)
+            values: list[Any] = [None] * (2 * len(order) + 1)
+            values[::2] = stretches(packed)
+            values[1::2] = [addresses[index] for index in order]
+            return pack(*values)
 
         return set_pointers
 

@@ -5,9 +5,12 @@ They need PyTorch, CuPy, NumPy and pytest, and the model tests timm; nothing of 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,12 @@ def exact_float32():
 @pytest.fixture
 def cuda() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """Processes with CUDA contexts of their own, for what is in workers.py."""
+    count = min(os.cpu_count() or 1, 12)
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+        pool.shutdown(wait=True, cancel_futures=True)

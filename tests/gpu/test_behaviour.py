@@ -5,23 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from workers import bias, check_determinism, projection
 
 from kernels import explain, na1d, na2d, na3d
 
 BACKENDS = ("naive", "gemm", "fused")
 HALF = (torch.float16, torch.bfloat16)
-
-
-def projection(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value `shape`, as slices of one packed projection `[batch, *space, 3, heads, head_dim]`."""
-    generator = torch.Generator(device).manual_seed(seed)
-    packed = torch.randn(*shape[:-2], 3, *shape[-2:], device=device, generator=generator).to(dtype)
-    return packed.unbind(-3)
-
-
-def bias(device: torch.device, dtype: torch.dtype, heads: int, *window: int) -> Tensor:
-    generator = torch.Generator(device).manual_seed(1)
-    return torch.randn(heads, *(2 * k - 1 for k in window), device=device, generator=generator).to(dtype)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -34,23 +23,19 @@ def test_the_best_backend_on_cuda_is_fused(cuda):
         assert explain(query, key, value, 7).backend == "fused"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
-@pytest.mark.parametrize(
-    ("space", "window", "dilation"), [((56, 56), 7, 1), ((28, 28), 7, 4), ((30, 31), (9, 8), 1), ((12, 13), 5, 2)]
-)
-def test_the_same_call_gives_the_same_bits(cuda, backend, dtype, space, window, dilation):
-    rows, columns = (window, window) if isinstance(window, int) else window
-    query, key, value = (t.requires_grad_() for t in projection(cuda, dtype, 3, *space, 2, 32))
-    rpb = bias(cuda, dtype, 2, rows, columns).requires_grad_()
-    runs = []
-    for _ in range(2):
-        output, lse = na2d(query, key, value, window, dilation=dilation, rpb=rpb, return_lse=True, backend=backend)
-        runs.append([output, lse, *torch.autograd.grad(output.square().sum(), (query, key, value, rpb))])
-        torch.empty(1 << 24, device=cuda).fill_(float("nan"))  # what the allocator hands out next is not what it was
-    for first, second in zip(*runs, strict=True):
-        assert torch.equal(first, second)
-        assert first.isfinite().all()
+SHAPES = [((56, 56), (7, 7), 1), ((28, 28), (7, 7), 4), ((30, 31), (9, 8), 1), ((12, 13), (5, 5), 2)]
+REPEATED = [(backend, dtype, *shape) for backend in BACKENDS for dtype in (*HALF, torch.float32) for shape in SHAPES]
+
+
+@pytest.fixture(scope="module")
+def repetitions(pool):
+    """All repeated calls under way."""
+    return {case: pool.submit(check_determinism, *case) for case in REPEATED}
+
+
+@pytest.mark.parametrize("case", REPEATED, ids=lambda case: "-".join(map(str, case)))
+def test_the_same_call_gives_the_same_bits(repetitions, case):
+    assert repetitions[case].result() == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,29 +1,24 @@
 """Two thousand random calls, forward and backward, over naive, gemm and fused, against float64.
 
 FASTNA_GPU_FUZZ is the number of configurations, of 20 calls each. A failure prints its seed;
-`fuzz_worker.check_configuration(seed)` repeats it.
+`workers.check_configuration(seed)` repeats it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 
 import pytest
-from fuzz_worker import CALLS, check_configuration
+from workers import CALLS, check_configuration
 
 CONFIGURATIONS = int(os.environ.get("FASTNA_GPU_FUZZ", "100"))
-WORKERS = min(os.cpu_count() or 1, 12)
 
 
 @pytest.fixture(scope="module")
-def checks() -> Iterator[list[Future[list[str]]]]:
+def checks(pool) -> list[Future[list[str]]]:
     """All configurations under way; they finish in any order."""
-    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield [pool.submit(check_configuration, seed) for seed in range(CONFIGURATIONS)]
-        pool.shutdown(wait=True, cancel_futures=True)
+    return [pool.submit(check_configuration, seed) for seed in range(CONFIGURATIONS)]
 
 
 def test_there_are_two_thousand_calls():
