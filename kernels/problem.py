@@ -82,11 +82,11 @@ class Axis:
 class Problem:
     """A validated call: sizes, windows and types, but no tensors. Hashable, so that plans and kernels are cached by it.
 
-    Shapes, heads last, `space` of rank 1 to 3: query `[batch, *space, heads, head_dim]`, key `[batch, *space, key_heads,
-    head_dim]`, value `[batch, *space, key_heads, value_dim]`, output `[batch, *space, heads, value_dim]`, lse
-    `[batch, *space, heads]` (natural logarithm, float32, or float64 for float64), rpb `[heads, 2*k_0 - 1, ...]`, additional keys
-    and values `[batch, additional, key_heads, ...]`. `key_heads` divides `heads`: query head h reads key head
-    `h // (heads // key_heads)`.
+    Shapes, heads last, `space` of rank 1 to 3: query `[batch, *space, heads, head_dim]`, key `[batch, *space,
+    key_heads, head_dim]`, value `[batch, *space, key_heads, value_dim]`, output `[batch, *space, heads, value_dim]`,
+    lse `[batch, *space, heads]` (natural logarithm, float32, or float64 for float64), rpb `[heads, 2*k_0 - 1, ...]`,
+    additional keys and values `[batch, additional, key_heads, ...]`. `key_heads` divides `heads`: query head h reads
+    key head `h // (heads // key_heads)`.
     """
 
     batch: int
