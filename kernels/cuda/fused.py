@@ -11,25 +11,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 from torch import Tensor
 
 from kernels.backend import Gradients, Operands
-from kernels.cuda import flash, runtime
+from kernels.cuda import block, flash, hopper, runtime, strip, strip_backward
 from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
-
-def _modules(*names: str) -> tuple[ModuleType, ...]:
-    paths = [f"kernels.cuda.{name}" for name in names]
-    return tuple(import_module(path) for path in paths if find_spec(path) is not None)
-
-
-FORWARD = _modules("block", "strip", "hopper", "flash")
-BACKWARD = _modules("block", "strip_backward", "flash")
+FORWARD: tuple[ModuleType, ...] = (block, strip, hopper, flash)
+BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, flash)
 
 
 class Fused:
