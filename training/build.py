@@ -119,7 +119,9 @@ def build_loggers(config: LoggerConfig, folder: Path) -> list[Logger]:
         case "wandb":
             from lightning.pytorch.loggers import WandbLogger
 
-            loggers.append(_optional(WandbLogger, config, save_dir=folder, entity=config.entity, offline=config.offline))
+            loggers.append(
+                _optional(WandbLogger, config, save_dir=folder, entity=config.entity, offline=config.offline)
+            )
         case "mlflow":
             from lightning.pytorch.loggers import MLFlowLogger
 
@@ -140,7 +142,8 @@ def build_strategy(config: TrainerConfig) -> Strategy | str:
     if config.strategy == "ddp":
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     if config.strategy == "fsdp":
-        return ModelParallelStrategy(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        local = config.devices if isinstance(config.devices, int) else max(torch.cuda.device_count(), 1)
+        return ModelParallelStrategy(local * config.num_nodes, 1, save_distributed_checkpoint=False)
     return config.strategy
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from training.config import DataConfig, TrainConfig, data_from_plain
 from training.errors import CheckpointError, one_line
@@ -31,6 +32,16 @@ def describe_run(config: TrainConfig, model_kwargs: dict[str, Any], classes: lis
         "classes": list(classes),
         "config": dataclasses.asdict(config),
     }
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()` with sharded weights (FSDP) gathered; every process must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def load_full_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load whole weights into a model that may be sharded; every process must call it."""
+    set_model_state_dict(model, state_dict, options=StateDictOptions(full_state_dict=True))
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,9 @@ def figures_table(figures: Figures, title: str, rows: int = 20) -> Table:
         shown = shown.sort_values("recall", kind="stable").head(rows)
         table.title = f"{title} (the {rows} classes with the lowest recall of {len(figures.per_class)})"
     for row in shown.itertuples():
-        table.add_row(str(row.Index), str(row.images), *(f"{100 * v:.1f} %" for v in (row.recall, row.precision, row.f1)))
+        table.add_row(
+            str(row.Index), str(row.images), *(f"{100 * v:.1f} %" for v in (row.recall, row.precision, row.f1))
+        )
     return table
 
 

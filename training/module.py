@@ -118,6 +118,7 @@ class Classifier(LightningModule):
             image, target = self.mixing(image, target)
         loss = self.criterion(self.classify(self.model, image), target)
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(target))
+        self.log("rate", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -55,7 +55,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, rate: float) -> O
     """
     known = timm.optim.list_optimizers()
     if config.name not in known:
-        raise ConfigError(f"optimizer.name={config.name!r}: timm has no such optimizer{did_you_mean(config.name, known)}")
+        raise ConfigError(
+            f"optimizer.name={config.name!r}: timm has no such optimizer{did_you_mean(config.name, known)}"
+        )
     options: dict[str, Any] = dict(config.kwargs)
     if config.betas is not None:
         options["betas"] = tuple(config.betas)

@@ -35,7 +35,11 @@ def write_report(
     """
     curves = read_curves(folder)
     environment = Environment(
-        loader=PackageLoader("training"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("training"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     text = environment.get_template("report.html.j2").render(
         title=module.description["model"]["name"],

@@ -23,7 +23,17 @@ from training.build import (
     quiet_libraries,
 )
 from training.callbacks import FiniteLoss, Progress, RunCheckpoint, WeightAverage
-from training.checkpoint import BEST, FOLDER, LAST, SavedRun, check_resumable, describe_run, newest_checkpoint, read_run
+from training.checkpoint import (
+    BEST,
+    FOLDER,
+    LAST,
+    SavedRun,
+    check_resumable,
+    describe_run,
+    load_full_state_dict,
+    newest_checkpoint,
+    read_run,
+)
 from training.config import EvalConfig, ModelConfig, TrainConfig, to_plain
 from training.data import ImageData, open_splits
 from training.errors import CheckpointError, ConfigError, UserError, one_line
@@ -68,7 +78,7 @@ def train(config: TrainConfig) -> Outcome:
     module = Classifier(model, config, splits.classes, description)
 
     planned = saved.path.parent.parent if saved is not None else planned_folder(config)
-    fresh = not planned.exists()
+    absent = [folder for folder in (planned, *planned.parents) if not folder.exists()]
     loggers = [] if config.trainer.fast_dev_run else build_loggers(config.logger, planned)
     trainer = build_trainer(
         config.trainer,
@@ -92,14 +102,14 @@ def train(config: TrainConfig) -> Outcome:
             write_text(planned / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except UserError:
-        if fresh and trainer.is_global_zero and not (planned / FOLDER / LAST).exists():
-            discard(planned)
+        if absent and trainer.is_global_zero and not (planned / FOLDER / LAST).exists():
+            discard(absent)
         raise
     folder = Path(trainer.strategy.broadcast(str(planned)))
     best = folder / FOLDER / BEST
     if not config.evaluate or config.trainer.fast_dev_run or not best.is_file():
         return Outcome(folder, None)
-    module.model.load_state_dict(read_run(best).weights())
+    load_full_state_dict(module.model, read_run(best).weights())
     figures = test(trainer, module, data, "test", folder, f"{config.model.name}, test split, {BEST}")
     if config.callbacks.report.enabled and trainer.is_global_zero:
         report = write_report(folder, module, data, figures, config.callbacks.report, split="test")
@@ -183,11 +193,12 @@ def planned_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def discard(folder: Path) -> None:
-    """Remove a run's folder, and the folder of its experiment where nothing else lies in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
-        folder.parent.rmdir()
+def discard(made: list[Path]) -> None:
+    """Remove a run's folder and those of its parents that were made for it and hold nothing else; innermost first."""
+    shutil.rmtree(made[0], ignore_errors=True)
+    for folder in made[1:]:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def find_resumed(config: TrainConfig) -> SavedRun | None:

@@ -59,7 +59,13 @@ def pictures(tmp_path):
 
 
 def folder_arguments(root: Path, output: Path) -> list[str]:
-    sizes = ["data.image_size=32", "data.batch_size=4", "data.workers=1", "schedule.epochs=1", "schedule.warmup_epochs=0"]
+    sizes = [
+        "data.image_size=32",
+        "data.batch_size=4",
+        "data.workers=1",
+        "schedule.epochs=1",
+        "schedule.warmup_epochs=0",
+    ]
     return ["data=imagefolder", f"data.root={root}", f"output_root={output}", *sizes, "trainer=cpu"]
 
 
@@ -162,7 +168,9 @@ def test_checkpoint_is_plain_and_rebuilds_the_model_alone(short_run: Path) -> No
     assert {f"model.{key}" for key in model.state_dict()} <= saved["state_dict"].keys()
     report = models.load_checkpoint(model, short_run / "checkpoints" / "last.ckpt")
     assert report.weights == "averaged weights"
-    assert any(not torch.equal(saved["ema_state_dict"][k], saved["state_dict"][f"model.{k}"]) for k in model.state_dict())
+    assert any(
+        not torch.equal(saved["ema_state_dict"][k], saved["state_dict"][f"model.{k}"]) for k in model.state_dict()
+    )
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from training_runs import ROOT, SHORT, command, environment, run
 
 pytestmark = pytest.mark.xdist_group("training_run")
@@ -37,9 +36,7 @@ def kill_at_step(folder: Path, step: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "workers"), [(3, 2), (12, 0)])
-def test_killed_and_resumed_equals_uninterrupted(
-    short_run: Path, tmp_path: Path, step: int, workers: int
-) -> None:
+def test_killed_and_resumed_equals_uninterrupted(short_run: Path, tmp_path: Path, step: int, workers: int) -> None:
     folder = tmp_path / "run"
     killed = kill_at_step(folder, step)
     assert step <= killed < 20

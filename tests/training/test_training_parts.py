@@ -32,7 +32,9 @@ def test_evaluation_counts_every_image_once_whatever_the_processes(size: int, ba
 @given(size=st.integers(8, 300), batch=st.integers(1, 4), world=st.integers(1, 2), epoch=st.integers(0, 5))
 def test_processes_share_the_batches_of_one(size: int, batch: int, world: int, epoch: int) -> None:
     alone = list(TrainBatches(size, batch * world, lambda: (epoch, 0)))
-    shared = zip(*(TrainBatches(size, batch, lambda: (epoch, 0), rank=r, world=world) for r in range(world)), strict=True)
+    shared = zip(
+        *(TrainBatches(size, batch, lambda: (epoch, 0), rank=r, world=world) for r in range(world)), strict=True
+    )
     assert [sorted(group) for group in alone] == [sorted(sum(groups, [])) for groups in shared]
 
 

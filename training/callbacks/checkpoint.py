@@ -32,7 +32,9 @@ class RunCheckpoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value = state_dict["best_value"]
 
-    def on_train_batch_end(self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         every, step = self.config.every_n_steps, trainer.global_step
         if every is not None and step != self._saved_step and step % every == 0:
             self._saved_step = step

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from timm.utils import ModelEmaV3
 
+from training.checkpoint import full_state_dict, load_full_state_dict
 from training.config import EmaConfig
 from training.data import Batch
 from training.module import Classifier, EvalMetrics
@@ -24,10 +25,12 @@ class WeightAverage(Callback):
         self.average = ModelEmaV3(module.model, decay=self.config.decay, use_warmup=self.config.warmup)
         self.metrics = EvalMetrics(len(module.classes)).to(module.device)
         if self._restored is not None:
-            self.average.module.load_state_dict(self._restored)
+            load_full_state_dict(self.average.module, self._restored)
         self._updates = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, module: Classifier, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Classifier, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         """Average once per update, not once per accumulated batch."""
         step = trainer.global_step
         if self.average is not None and step != self._updates and step % self.config.every_n_steps == 0:
@@ -51,7 +54,7 @@ class WeightAverage(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         if self.average is not None:
-            checkpoint["ema_state_dict"] = self.average.module.state_dict()
+            checkpoint["ema_state_dict"] = full_state_dict(self.average.module)
 
     def on_load_checkpoint(self, trainer: Trainer, module: Classifier, checkpoint: dict[str, Any]) -> None:
         self._restored = checkpoint.get("ema_state_dict")

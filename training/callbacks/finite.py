@@ -16,7 +16,9 @@ class FiniteLoss(Callback):
     def __init__(self) -> None:
         self._pending: tuple[str, Tensor] | None = None
 
-    def on_train_batch_end(self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._check(module)
         if outputs is not None:
             place = f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx})"
@@ -31,7 +33,9 @@ class FiniteLoss(Callback):
         self._check(module)
         name = first_not_finite(module.model)
         if name is not None:
-            raise TrainingError(f"weight {name} is not finite at step {trainer.global_step}; the last checkpoint is kept")
+            raise TrainingError(
+                f"weight {name} is not finite at step {trainer.global_step}; the last checkpoint is kept"
+            )
 
     def _check(self, module: Classifier) -> None:
         if self._pending is None:

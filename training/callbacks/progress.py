@@ -40,7 +40,9 @@ class Progress(Callback):
     def on_train_epoch_start(self, trainer: Trainer, module: Classifier) -> None:
         self._started, self._images = time.monotonic(), 0
 
-    def on_train_batch_end(self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._images += len(batch.target) * trainer.world_size
         if self.bars is not None:
             figures = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._rate():,.0f} images/s"

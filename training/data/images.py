@@ -135,7 +135,9 @@ def stratified_split(
         test_count = max(1, round(len(members) * test)) if test > 0 else 0
         if len(members) <= validation_count + test_count:
             needed = 3 if test > 0 else 2
-            raise DataError(f"class {name!r} has {len(members)} images: needs {needed} or more to appear in every split")
+            raise DataError(
+                f"class {name!r} has {len(members)} images: needs {needed} or more to appear in every split"
+            )
         cuts = [validation_count, validation_count + test_count]
         for part, chosen in zip((1, 2, 0), np.split(members, cuts), strict=True):
             parts[part].extend(chosen.tolist())
