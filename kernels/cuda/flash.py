@@ -6,14 +6,13 @@ one dilation group; tiles of what they see stream past them. See src/flash_*.cuh
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from kernels.backend import Gradients, Operands
-from kernels.cuda import flash_launch, runtime
+from kernels.cuda import flash_launch
 from kernels.cuda.flash_plan import (
     arithmetic_of,
     key_gradient_passes,
@@ -38,10 +37,6 @@ def why_not(problem: Problem) -> str | None:
             return f"flash takes multiples of {multiple} up to {MAX_DIM} for {name} in {problem.dtype}; it is {dim}."
     if problem.rpb_dtype is not None and problem.rpb_dtype not in DTYPES:
         return f"flash takes a bias in float32, float16 or bfloat16; this is {problem.rpb_dtype}."
-    groups = math.prod(problem.dilation)
-    tiles = math.prod(-(-axis.group_length(0) // 16) for axis in problem.axes)
-    if groups * tiles * problem.batch * problem.heads > runtime.MAX_GRID:
-        return "flash would need more blocks than a grid has."
     return None
 
 
