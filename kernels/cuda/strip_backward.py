@@ -201,8 +201,8 @@ def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties
         used = plan(problem, tile, needs_rpb_grad).shared_bytes + BLOCK_RESERVE
         return tile.blocks * used <= device.shared_memory + BLOCK_RESERVE
 
-    # A thread may have 128 registers if an SM runs 16 warps, 168 if 12: enough for 32 channels, or 64.
-    many, few = ((4, 4), (8, 2)) if problem.head_dim == 32 else ((4, 3), (6, 2))
+    # A thread may have 128 registers if an SM runs 16 warps, 200 if 10: enough for 32 channels, or 64.
+    many, few = ((4, 4), (8, 2)) if problem.head_dim == 32 else ((5, 2), (5, 2))
     candidates = itertools.chain(
         ((many, 1),) if columns <= 2 * PRODUCT_COLUMNS else (),
         ((few, tiles) for tiles in range(1, max(1, columns // problem.axes[1].window) + 1)),
@@ -251,13 +251,13 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
         min_blocks=tile.blocks,
     )
     lines, offsets = 2 * row_axis.window - 1, 2 * column_axis.window - 1
-    # StripBackwardMemory: the rings, lse and delta, the bias, the warps' sums of its gradient, the row places, the views.
+    # StripBackwardMemory: rings, lse and delta, the bias, the warps' sums of its gradient, row places, views, the walk.
     shared_bytes = ring_rows * pitch * 8 * problem.head_dim + _round_up(ring_rows * pitch * 8, 16)
     if problem.has_rpb:
         shared_bytes += (lines + 2 * BIAS_LINES_BEFORE) * (2 * column_axis.window + 1) * 16
     if needs_rpb_grad:
         shared_bytes += _round_up(tile.warps * lines * offsets, 4) * 4
-    shared_bytes += walk_rows * 8 + 8 * 16
+    shared_bytes += walk_rows * 8 + 9 * 16 + 64
     return Plan(
         source=source,
         grid=problem.batch * problem.heads * row_axis.dilation * column_axis.dilation * tiles * chunks,

@@ -303,22 +303,23 @@ struct StripBackward {
 template <class Config>
 FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   constexpr int THREADS = Config::WARPS * WARP;
-  const StripBackwardWalk<Config> walk(args);
+  using Walk = StripBackwardWalk<Config>;
   const StripBackwardMemory<Config> memory(args);
+  const Walk walk_of_thread(args);
   float* part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
-  if (walk.is_empty()) {
+  if (walk_of_thread.is_empty()) {
     if constexpr (Config::RPB_GRADIENT) {
       for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) part[i] = 0.0f;
     }
     return;
   }
+  // From here on in shared memory: registers are for accumulators.
+  if (thread_index() == 0) *memory.template walk<Walk>() = walk_of_thread;
+  sync_threads();
+  const Walk& walk = *memory.template walk<Walk>();
   const StripBackwardLoader<Config> loader{args, walk, memory};
   const StripBackward<Config> backward{args, walk, memory};
 
-  Interval own = walk.step(walk.rows.begin, args.step_rows);
-  Interval needed = walk.needed_rows(own);
-  Interval fresh = needed;
-  bool is_under_way = false;
   loader.fill_views();
   loader.fill_row_places();
   if constexpr (Config::HAS_RPB) loader.fill_bias();
@@ -326,21 +327,27 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
 #pragma unroll 1
     for (int i = thread_index(); i < Config::WARPS * Config::OFFSETS; i += THREADS) memory.bias_gradient()[i] = 0.0f;
   }
-  sync_threads();
 
   const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS);
   int item = warp_index();
-  while (true) {
-    if (!is_under_way) loader.issue(fresh);
+  // Whether the ring has room for the rows of the step from `row` and of the next, which then come in while this one's are used.
+  const auto has_room = [&](int row) {
+    const Interval next = walk.step(row + args.step_rows, args.step_rows);
+    return next.size() > 0 && walk.needed_rows(next).end - walk.needed_rows(walk.step(row, args.step_rows)).begin <= args.ring_rows;
+  };
+  // Only the row and the item stay alive from step to step: the rest is worked out again where it is wanted.
+  for (int row = walk.rows.begin; row < walk.rows.end; row += args.step_rows) {
+    const Interval own = walk.step(row, args.step_rows);
+    const bool is_first = row == walk.rows.begin;
+    const int loaded = is_first ? walk.first_row : walk.needed_rows(walk.step(row - args.step_rows, args.step_rows)).end;
+    const Interval fresh = {loaded, walk.needed_rows(own).end};
+    if (is_first || !has_room(row - args.step_rows)) {
+      sync_threads();  // the rows that these replace have been used
+      loader.issue(fresh);
+    }
     loader.finish(fresh);
     sync_threads();
-    // The next step's rows come in while this one's are used, if the ring has room for both.
-    const Interval next = walk.step(own.end, args.step_rows);
-    const bool is_last = own.end >= walk.rows.end;
-    const Interval next_needed = is_last ? needed : walk.needed_rows(next);
-    fresh = {needed.end, next_needed.end};
-    is_under_way = !is_last && next_needed.end - needed.begin <= args.ring_rows;
-    if (is_under_way) loader.issue(fresh);
+    if (has_room(row)) loader.issue({fresh.end, walk.needed_rows(walk.step(row + args.step_rows, args.step_rows)).end});
 
     {
       StripBiasGradient<Config> bias_gradient(memory.bias_gradient() + warp_index() * Config::OFFSETS);
@@ -351,10 +358,6 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     }
     for (; item < 2 * pairs; item += Config::WARPS) backward.keys(own, walk.columns.begin + (item - pairs) * QUERY_COLUMNS);
     item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
-    if (is_last) break;
-    if (!is_under_way) sync_threads();
-    own = next;
-    needed = next_needed;
   }
 
   if constexpr (Config::RPB_GRADIENT) {

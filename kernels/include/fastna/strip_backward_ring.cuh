@@ -68,6 +68,12 @@ struct StripBackwardMemory {
   // The block's map in each tensor: worked out once, and too many to keep in registers.
   FASTNA_DEVICE MapView<typename Config::T>* views() const { return reinterpret_cast<MapView<typename Config::T>*>(row_places() + row_count); }
   FASTNA_DEVICE MapView<typename Config::T> view(StripTensor tensor) const { return views()[tensor]; }
+  FASTNA_DEVICE MapView<const float>* lse_view() const { return reinterpret_cast<MapView<const float>*>(views() + STRIP_TENSORS); }
+  template <class Walk>
+  FASTNA_DEVICE Walk* walk() const {
+    static_assert(sizeof(Walk) <= 64, "the host counts 64 bytes");
+    return reinterpret_cast<Walk*>(lse_view() + 1);
+  }
   // Ring 0 or 1, in the shared address space.
   FASTNA_DEVICE u32 ring(int index) const { return shared_address(start) + index * ring_bytes; }
   // (lse in base 2, delta) of a token.
@@ -136,8 +142,15 @@ struct StripBackwardLoader {
 
   FASTNA_DEVICE void fill_views() const {
     const int tensor = thread_index();
-    if (tensor >= STRIP_TENSORS) return;
-    memory.views()[tensor] = map_view<T>(args.tensors[tensor], args.geometry, walk.place, walk.place.batch, walk.place.head);
+    if (tensor < STRIP_TENSORS) {
+      memory.views()[tensor] = map_view<T>(args.tensors[tensor], args.geometry, walk.place, walk.place.batch, walk.place.head);
+    } else if (tensor == STRIP_TENSORS) {
+      const AxisArguments &row_axis = args.geometry.axis[1], &column_axis = args.geometry.axis[2];
+      const int heads = args.geometry.heads, width = column_axis.length;
+      const i64 row = static_cast<i64>(walk.place.batch) * row_axis.length + walk.place.row_group;
+      const float* origin = args.lse + (row * width + walk.place.column_group) * heads + walk.place.head;
+      *memory.lse_view() = {origin, width * heads * row_axis.dilation, heads * column_axis.dilation};
+    }
   }
 
   FASTNA_DEVICE void fill_row_places() const {
@@ -193,12 +206,9 @@ struct StripBackwardLoader {
     const MapView<T> output = memory.view(OUTPUT);
     const int total = args.pitch * Config::CHUNKS;
     const int lane = lane_index(), chunk = lane % Config::CHUNKS;
-    const i64 lse_column = static_cast<i64>(args.geometry.heads) * args.geometry.axis[2].dilation;
+    const MapView<const float> lse_view = *memory.lse_view();
     for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
       const u32 slot = row % args.ring_rows;
-      const int token_row = row * args.geometry.axis[1].dilation + walk.place.row_group;
-      const i64 lse_row = ((static_cast<i64>(walk.place.batch) * args.geometry.axis[1].length + token_row) * args.geometry.axis[2].length +
-                           walk.place.column_group) * args.geometry.heads + walk.place.head;
       for (int base = 0; base < total; base += BATCH * WARP) {
         uint4 values[BATCH];
         float lse[BATCH], grad_lse[BATCH];
@@ -210,8 +220,9 @@ struct StripBackwardLoader {
           if (at < walk.stored_columns.end) {
             values[n] = load_readonly(reinterpret_cast<const uint4*>(output.at(row, at) + chunk * 8));
             if (chunk == 0) {
-              lse[n] = args.lse[lse_row + at * lse_column];
-              if (args.grad_lse != nullptr) grad_lse[n] = args.grad_lse[lse_row + at * lse_column];
+              const float* source = lse_view.at(row, at);
+              lse[n] = load_readonly(source);
+              if (args.grad_lse != nullptr) grad_lse[n] = load_readonly(args.grad_lse + (source - args.lse));
             }
           }
         }
