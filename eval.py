@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: python eval.py ckpt=PATH [data=...] [key=value ...]. See docs/training.md and configs/eval.yaml."""
+"""Evaluate a checkpoint: python eval.py ckpt=PATH [data=...] [key=value ...]. See docs/training.md."""
 
 from omegaconf import DictConfig
 

@@ -1,1 +1,1 @@
-"""Training and evaluation: configuration, data, the Lightning module, callbacks and the report. See docs/training.md."""
+"""Training and evaluation: configuration, data, Lightning module, callbacks, report. See docs/training.md."""

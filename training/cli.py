@@ -47,7 +47,8 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         options = sorted(error.options)
-        return f"{group}={choice}: there is no {error.missing_cfg_file} in configs/{did_you_mean(choice, options)}; choose one of {', '.join(options)}"
+        hint = did_you_mean(choice, options)
+        return f"{group}={choice}: there is no such choice in configs/{hint}; choose one of {', '.join(options)}"
     text = one_line(str(error))
     cause = error.__cause__
     if not isinstance(cause, OmegaConfBaseException):

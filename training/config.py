@@ -359,6 +359,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
+        both = self.trainer.strategy == "fsdp" and self.callbacks.ema.enabled
+        require(not both, "callbacks.ema.enabled", True, "false with trainer=fsdp, whose weights cannot be copied")
         require(bool(self.name) and "/" not in self.name, "name", self.name, "a folder's name")
 
 

@@ -93,8 +93,8 @@ class Figures:
 def compute_figures(predictions: Predictions, classes: Sequence[str]) -> Figures:
     """Every figure from the predictions.
 
-    Per class: images, recall (its own top-1), precision, F1. Confusion: rows true, columns predicted. Calibration error:
-    expected calibration error over 15 bins of equal width (Guo et al., 2017).
+    Per class: images, recall (its own top-1), precision, F1. Confusion: rows true, columns predicted. Calibration
+    error: expected calibration error over 15 bins of equal width (Guo et al., 2017).
 
     Raises:
         ValueError: there are no predictions.

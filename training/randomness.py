@@ -2,8 +2,8 @@
 
 Every random number of a run derives from (seed, what it is for, where it is used): the order of an epoch from
 (seed, epoch), an image's augmentation from (seed, epoch, place in that order), mixup and drop path from
-(seed, epoch, batch, rank). A run that is killed and resumed, or that has another number of data workers, therefore draws the
-same numbers without any generator's state being saved.
+(seed, epoch, batch, rank). A run that is killed and resumed, or that has another number of data workers, therefore draws
+the same numbers without any generator's state being saved.
 """
 
 import random
@@ -20,7 +20,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (all devices): those that timm's transforms, mixup and drop path draw from."""
+    """Seed the global generators of Python, NumPy and torch (all devices), from which timm draws."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

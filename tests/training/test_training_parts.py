@@ -35,7 +35,9 @@ def test_processes_share_the_batches_of_one(size: int, batch: int, world: int, e
     shared = zip(
         *(TrainBatches(size, batch, lambda: (epoch, 0), rank=r, world=world) for r in range(world)), strict=True
     )
-    assert [sorted(group) for group in alone] == [sorted(sum(groups, [])) for groups in shared]
+    assert [sorted(group) for group in alone] == [
+        sorted(draw for group in groups for draw in group) for groups in shared
+    ]
 
 
 @given(size=st.integers(20, 300), done=st.integers(0, 4), repeats=st.integers(1, 3))
@@ -54,7 +56,7 @@ def test_split_is_stratified_disjoint_and_fixed(counts: list[int], seed: int) ->
     targets = [target for target, count in enumerate(counts) for _ in range(count)]
     names = [f"class {target}" for target in range(len(counts))]
     parts = stratified_split(targets, names, 0.15, 0.15, seed)
-    assert sorted(sum(parts, [])) == list(range(len(targets)))
+    assert sorted(index for part in parts for index in part) == list(range(len(targets)))
     assert parts == stratified_split(targets, names, 0.15, 0.15, seed)
     for part, share in zip(parts, (0.7, 0.15, 0.15), strict=True):
         found = np.bincount(np.asarray(targets)[part], minlength=len(counts))

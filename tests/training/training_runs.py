@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Two epochs of ten updates with everything that draws random numbers: affine moves, mixup, cutmix, drop path, an average.
+# Two epochs of ten updates with all that draws random numbers: affine moves, erasing, mixup, cutmix, drop path.
 SHORT = [
     "experiment=digits",
     "data.train_limit=160",

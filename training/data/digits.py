@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real 8 x 8 drawings (Alpaydin and Kaynak, 1998), shipped with the library."""
+"""scikit-learn's handwritten digits: 1,797 real 8 x 8 drawings (Alpaydin, Kaynak, 1998)."""
 
 from dataclasses import dataclass
 

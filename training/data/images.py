@@ -73,7 +73,8 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """`image` [n, c, h, w] float32; `target` [n] int64, -1 where an image does not count; `index` [n] into the split; what could not be read."""
+    """`image` [n, c, h, w] float32; `target` [n] int64, -1 where an image does not count; `index` [n] into the split;
+    and what could not be read."""
 
     image: Tensor
     target: Tensor
