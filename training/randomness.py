@@ -2,8 +2,8 @@
 
 Every random number of a run derives from (seed, what it is for, where it is used): the order of an epoch from
 (seed, epoch), an image's augmentation from (seed, epoch, place in that order), mixup and drop path from
-(seed, epoch, batch, rank). A run that is killed and resumed, or that has another number of data workers, therefore draws
-the same numbers without any generator's state being saved.
+(seed, epoch, batch, rank). A run that is killed and resumed, or that has another number of data workers, therefore
+draws the same numbers without any generator's state being saved.
 """
 
 import random

@@ -21,9 +21,9 @@ class TrainBatches(Sampler[list[Draw]]):
     """Shuffled batches of full size, starting anywhere in any epoch.
 
     The global batch number b of an epoch is always the same set of draws; `world` processes share it. So neither
-    resuming in the middle of an epoch nor another number of processes at the same global batch changes what is trained on. With
-    `repeats` = r each image is drawn r times in succession, differently augmented, out of n / r images in an epoch
-    (repeated augmentation, Hoffer et al., 2020).
+    resuming in the middle of an epoch nor another number of processes at the same global batch changes what is
+    trained on. With `repeats` = r each image is drawn r times in succession, differently augmented, out of n / r images
+    in an epoch (repeated augmentation, Hoffer et al., 2020).
 
     Args:
         size: number of images.
