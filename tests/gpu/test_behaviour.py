@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from workers import bias, check_determinism, projection
+from workers import bias, check_determinism, projection, run_check
 
 from kernels import explain, na1d, na2d, na3d
 
@@ -30,7 +30,7 @@ REPEATED = [(backend, dtype, *shape) for backend in BACKENDS for dtype in (*HALF
 @pytest.fixture(scope="module")
 def repetitions(pool):
     """All repeated calls under way."""
-    return {case: pool.submit(check_determinism, *case) for case in REPEATED}
+    return {case: pool.submit(run_check, check_determinism, *case) for case in REPEATED}
 
 
 @pytest.mark.parametrize("case", REPEATED, ids=lambda case: "-".join(map(str, case)))

@@ -10,7 +10,7 @@ import os
 from concurrent.futures import Future
 
 import pytest
-from workers import CALLS, check_configuration
+from workers import CALLS, check_configuration, run_check
 
 CONFIGURATIONS = int(os.environ.get("FASTNA_GPU_FUZZ", "100"))
 
@@ -18,7 +18,7 @@ CONFIGURATIONS = int(os.environ.get("FASTNA_GPU_FUZZ", "100"))
 @pytest.fixture(scope="module")
 def checks(pool) -> list[Future[list[str]]]:
     """All configurations under way; they finish in any order."""
-    return [pool.submit(check_configuration, seed) for seed in range(CONFIGURATIONS)]
+    return [pool.submit(run_check, check_configuration, seed) for seed in range(CONFIGURATIONS)]
 
 
 def test_there_are_two_thousand_calls():

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from random_problems import TOLERANCES
-from workers import check_golden
+from workers import check_golden, run_check
 
 CASES = list(itertools.product(range(16), TOLERANCES, ("naive", "gemm", "fused")))
 
@@ -14,7 +14,7 @@ CASES = list(itertools.product(range(16), TOLERANCES, ("naive", "gemm", "fused")
 @pytest.fixture(scope="module")
 def checks(pool):
     """All cases under way."""
-    return {case: pool.submit(check_golden, *case) for case in CASES}
+    return {case: pool.submit(run_check, check_golden, *case) for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}")

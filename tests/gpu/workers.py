@@ -1,12 +1,15 @@
-"""What runs in processes of its own: there kernels compile side by side. Each function returns what is wrong, a line each.
+"""What runs in processes of its own, where kernels compile side by side. Each check returns what is wrong, a line each.
 
-In one process the gradients' kernels would be compiled one after another, by PyTorch's one autograd thread of the device.
+In one process the gradients' kernels would be compiled one after another, by PyTorch's one autograd thread per device.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,31 @@ from torch import Tensor
 from kernels import na2d, neighborhood_attention
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+Check = Callable[..., list[str]]
+_substitute: ProcessPoolExecutor | None = None
+
+
+def run_check(check: Check, *arguments: object) -> list[str]:
+    """`check(*arguments)`, and what it raises as a failure.
+
+    A kernel that reads or writes where it must not costs the process its CUDA context; checks that come later run in a
+    process that takes its place.
+    """
+    global _substitute
+    if _substitute is not None:
+        return _substitute.submit(run_check, check, *arguments).result()
+    try:
+        failures = check(*arguments)
+    except Exception as error:
+        failures = [f"{type(error).__name__}: {error}"]
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError as error:
+        failures.append(f"the CUDA context is lost: {error}")
+        _substitute = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    return failures
+
+
 CALLS = 20
 BACKENDS = ("fused", "gemm", "fused", "naive")
 
