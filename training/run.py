@@ -112,6 +112,9 @@ def train(config: TrainConfig) -> Outcome:
     load_full_state_dict(module.model, read_run(best).weights())
     figures = test(trainer, module, data, "test", folder, f"{config.model.name}, test split, {BEST}")
     if config.callbacks.report.enabled and trainer.is_global_zero:
+        if config.trainer.strategy == "fsdp":  # one process alone cannot run a sharded model
+            module.model = create_model(config.model.name, arguments, config.model.attn_backend)
+            module.model.load_state_dict(read_run(best).weights())
         report = write_report(folder, module, data, figures, config.callbacks.report, split="test")
         Console().print(f"report: {report}", soft_wrap=True, highlight=False)
     return Outcome(folder, figures)
