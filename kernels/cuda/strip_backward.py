@@ -201,8 +201,8 @@ def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties
         used = plan(problem, tile, needs_rpb_grad).shared_bytes + BLOCK_RESERVE
         return tile.blocks * used <= device.shared_memory + BLOCK_RESERVE
 
-    # A thread may have 128 registers if an SM runs 16 warps, 200 if 10: enough for 32 channels, or 64.
-    many, few = ((4, 4), (8, 2)) if problem.head_dim == 32 else ((5, 2), (5, 2))
+    # A thread may have 128 registers if an SM runs 16 warps, 255 if 8: enough for 32 channels, or 64.
+    many, few = ((4, 4), (8, 2)) if problem.head_dim == 32 else ((4, 2), (4, 2))
     candidates = itertools.chain(
         ((many, 1),) if columns <= 2 * PRODUCT_COLUMNS else (),
         ((few, tiles) for tiles in range(1, max(1, columns // problem.axes[1].window) + 1)),

@@ -210,10 +210,11 @@ struct StripBackward {
       if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(key_rows.begin - own.begin + Config::WINDOW_ROWS - 1, first - column);
       u32 visible = mask.rows;
 
+      const int last = key_rows.size() - 1;
 #pragma unroll 1
-      for (int j = 0; j < key_rows.size(); j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE) {
+      for (int j = 0; j <= last; j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE) {
         // Past the last row its predecessor again: masked, but no NaN.
-        const u32 addresses[2] = {right.address(places[j].x), right.address(places[minimum(j + 1, key_rows.size() - 1)].x)};
+        const u32 addresses[2] = {right.address(places[j].x), right.address(places[minimum(j + 1, last)].x)};
         u32 ds[4];
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
@@ -266,9 +267,10 @@ struct StripBackward {
       const float4* initial = bias(own.begin + g - query_rows.begin, column + 1 - low);
       u32 visible = mask.rows;
 
+      const int last = query_rows.size() - 1;
 #pragma unroll 1
-      for (int i = 0; i < query_rows.size(); i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE) {
-        const uint2 place[2] = {places[i], places[minimum(i + 1, query_rows.size() - 1)]};
+      for (int i = 0; i <= last; i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE) {
+        const uint2 place[2] = {places[i], places[minimum(i + 1, last)]};
         const u32 addresses[2] = {right.address(place[0].x), right.address(place[1].x)};
         u32 p[4], ds[4];
         FASTNA_UNROLL
@@ -306,10 +308,10 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   using Walk = StripBackwardWalk<Config>;
   const StripBackwardMemory<Config> memory(args);
   const Walk walk_of_thread(args);
-  float* part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
+  const auto part = [&] { return args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS; };
   if (walk_of_thread.is_empty()) {
     if constexpr (Config::RPB_GRADIENT) {
-      for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) part[i] = 0.0f;
+      for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) part()[i] = 0.0f;
     }
     return;
   }
@@ -328,7 +330,6 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     for (int i = thread_index(); i < Config::WARPS * Config::OFFSETS; i += THREADS) memory.bias_gradient()[i] = 0.0f;
   }
 
-  const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS);
   int item = warp_index();
   // Whether the ring has room for the rows of the step from `row` and of the next, which then come in while this one's are used.
   const auto has_room = [&](int row) {
@@ -349,6 +350,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     sync_threads();
     if (has_room(row)) loader.issue({fresh.end, walk.needed_rows(walk.step(row + args.step_rows, args.step_rows)).end});
 
+    const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS);
     {
       StripBiasGradient<Config> bias_gradient(memory.bias_gradient() + warp_index() * Config::OFFSETS);
       for (; item < pairs; item += Config::WARPS) {
@@ -366,7 +368,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     for (int i = thread_index(); i < Config::OFFSETS; i += THREADS) {
       float sum = 0.0f;
       for (int warp = 0; warp < Config::WARPS; ++warp) sum += memory.bias_gradient()[warp * Config::OFFSETS + i];
-      part[i] = sum;
+      part()[i] = sum;
     }
   }
 }
