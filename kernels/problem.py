@@ -11,7 +11,7 @@ of one group see each other, so everything below speaks of positions inside a gr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -100,6 +100,15 @@ class Problem:
     device: torch.device
     additional: int = 0
     rpb_dtype: torch.dtype | None = None
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = (self.batch, self.heads, self.key_heads, self.head_dim, self.value_dim, self.additional)
+        object.__setattr__(self, "_hash", hash((sizes, self.axes, self.scale, self.dtype, self.device, self.rpb_dtype)))
+
+    def __hash__(self) -> int:
+        """Computed once: a call looks several things up by its problem, and small kernels take ten microseconds."""
+        return self._hash
 
     @property
     def rank(self) -> int:
