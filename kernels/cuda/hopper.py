@@ -82,12 +82,12 @@ class Tiles:
 
 
 def most_keys(head_dim: int) -> tuple[int, int]:
-    """Warpgroups of a block and the largest box of keys whose scores, weights and output fit their registers."""
+    """Warpgroups of a block and the largest box of keys that fits registers and, in two stages, shared memory."""
     if head_dim <= 64:
         return 3, 112
     if head_dim <= 128:
         return 2, 176
-    return 2, 80
+    return 2, 80 if head_dim <= 192 else 64
 
 
 def why_not(problem: Problem) -> str | None:
@@ -156,7 +156,7 @@ def _boxes(count: int, exact: bool, axes: tuple[Axis, ...], multiple: int) -> It
 
 @functools.lru_cache(maxsize=512)
 def choose_tiles(axes: tuple[Axis, ...], groups: int, most: int, stages: int = 2, resident: int = 1) -> Tiles:
-    """The boxes of `groups` warpgroups and up to `most` keys that multiply the fewest pairs; `axes` are the padded three."""
+    """The boxes of `groups` warpgroups and up to `most` keys that multiply the fewest pairs; `axes` are padded to three."""
     along = functools.cache(_along)
     limits = [tensor_map.MAX_BOX // axis.dilation for axis in axes]
     keys = [
@@ -203,6 +203,7 @@ def _plan(problem: Problem, output_strides: tuple[int, ...]) -> tuple[KernelSour
 
 @functools.lru_cache(maxsize=4096)
 def _map(
+    device: torch.device,
     address: int,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -219,7 +220,7 @@ def _map(
     sizes = [(shape[-2] - 1) * strides[-2] + head_dim, *reversed(shape[1:-2]), *(1,) * padding, shape[0]]
     steps = [1, *reversed(dilation), *(1,) * padding, 1]
     outer = [*reversed(strides[1:-2]), *(batch_stride,) * padding, batch_stride]
-    return tensor_map.encode(address, dtype, sizes, outer, (row // 2, *reversed(box), 1), steps, row)
+    return runtime.encode_tensor_map(device, address, dtype, sizes, outer, (row // 2, *reversed(box), 1), steps, row)
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -229,7 +230,9 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(shape, dtype=torch.float32)
     source, grid, shared_bytes, packed, tiles = _plan(problem, output.stride())
     maps = b"".join(
-        _map(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box, problem.dilation)
+        _map(
+            tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box, problem.dilation
+        )
         for tensor, box in ((query, tiles.queries), (operands.key, tiles.keys), (operands.value, tiles.keys))
     )
     packed = maps + packed[len(maps) :]
@@ -247,7 +250,8 @@ def representative_sources() -> Iterable[KernelSource]:
         (128, square, (1, 22, 8)),
         (128, flat, (1, 1, 176)),
         (128, cube, (6, 1, 24)),
-        (256, square, (1, 10, 8)),
+        (192, square, (1, 10, 8)),
+        (256, square, (1, 8, 8)),
     ]
     for dtype in (torch.float16, torch.bfloat16):
         for head_dim, queries, keys in shapes:

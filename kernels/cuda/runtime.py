@@ -12,14 +12,14 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from kernels.cuda import jit
+from kernels.cuda import jit, tensor_map
 from kernels.cuda.errors import (
     KernelError,
     LaunchError,
@@ -66,6 +66,17 @@ class Runtime(Protocol):
     def prepare(self, sources: Iterable[KernelSource], device: torch.device) -> None: ...
     def properties(self, device: torch.device) -> DeviceProperties: ...
     def why_not(self, device: torch.device) -> str | None: ...
+    def encode_tensor_map(
+        self,
+        address: int,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        box: Sequence[int],
+        steps: Sequence[int],
+        swizzle: int,
+    ) -> bytes:
+        """The 128 bytes of a tensor map: see kernels.cuda.tensor_map.encode."""
 
 
 class CudaKernel:
@@ -175,6 +186,8 @@ class CudaRuntime:
     def why_not(self, device: torch.device) -> str | None:
         return _why_not_cuda(device)
 
+    encode_tensor_map = staticmethod(tensor_map.encode)
+
 
 @functools.cache
 def cuda_properties(device: torch.device) -> DeviceProperties:
@@ -237,6 +250,20 @@ def prepare(sources: Iterable[KernelSource], device: torch.device) -> None:
 def properties(device: torch.device) -> DeviceProperties:
     """What the hardware offers a block."""
     return _serving(device).properties(device)
+
+
+def encode_tensor_map(
+    device: torch.device,
+    address: int,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    steps: Sequence[int],
+    swizzle: int,
+) -> bytes:
+    """The map of a tensor on `device`: see kernels.cuda.tensor_map.encode."""
+    return _serving(device).encode_tensor_map(address, dtype, sizes, strides, box, steps, swizzle)
 
 
 def why_not_here(problem: Problem) -> str | None:

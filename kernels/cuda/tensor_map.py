@@ -17,8 +17,8 @@ from kernels.cuda.errors import KernelError, MissingComponentError
 BYTES = 128
 MAX_BOX = 256  # elements along a dimension, steps included
 MAX_STEP = 8
-_DATA_TYPES = {torch.float16: 6, torch.bfloat16: 9}
-_SWIZZLES = {32: 1, 64: 2, 128: 3}
+_DATA_TYPES = {torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTE_TO_256_BYTES = 3
 
 
@@ -49,7 +49,7 @@ def encode(
         strides: elements from one to the next along dimensions 1 to 4; in bytes a multiple of 16.
         box: elements that one copy takes along each dimension.
         steps: elements from one taken to the next, 1 to 8.
-        swizzle: bytes of a row of the box, over which 16-byte chunks are swizzled: 32, 64 or 128.
+        swizzle: bytes of a row of the box, over which 16-byte chunks are swizzled: 32, 64 or 128; 0 for none.
 
     Raises:
         KernelError: the driver refuses; the message holds all arguments.

@@ -209,7 +209,7 @@ struct HopperForward {
       return meets;
     };
     const auto release = [&](MemoryBarrier& barrier) {
-      if (thread == 0) barrier_arrive(barrier);
+      if (lane == 0) barrier_arrive(barrier);
     };
     const auto multiply_query_key = [&](int step) {
       barrier_wait(shared.key_full[stage(step)], parity(step));
@@ -327,10 +327,12 @@ struct HopperForward {
       for (; walk.step < count && !needed(walk); walk.advance(boxes)) {
         begin_turn();
         end_turn();
-        // The stage is released only after it was filled: an arrival before that would count for its last use.
+        // The stage is released only after it was filled: an arrival before that would count for its last use. Every warp releases it
+        // for itself, after all its lanes have waited: whoever still waits while the stage is filled anew twice would wait for ever.
         barrier_wait(shared.key_full[stage(walk.step)], parity(walk.step));
-        release(shared.key_empty[stage(walk.step)]);
         barrier_wait(shared.value_full[stage(walk.step)], parity(walk.step));
+        sync_warp();
+        release(shared.key_empty[stage(walk.step)]);
         release(shared.value_empty[stage(walk.step)]);
       }
     };
@@ -429,8 +431,8 @@ FASTNA_DEVICE void hopper_forward(const HopperForwardArguments& args) {
     for (int s = 0; s < Config::STAGES; ++s) {
       barrier_init(shared.key_full[s], 1);
       barrier_init(shared.value_full[s], 1);
-      barrier_init(shared.key_empty[s], Config::WARPGROUPS);
-      barrier_init(shared.value_empty[s], Config::WARPGROUPS);
+      barrier_init(shared.key_empty[s], 4 * Config::WARPGROUPS);  // one arrival per warp
+      barrier_init(shared.value_empty[s], 4 * Config::WARPGROUPS);
     }
     barrier_init_done();
   }

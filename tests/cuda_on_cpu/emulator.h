@@ -47,7 +47,15 @@ enum Operation : int {
   MMA_BF16,
   MMA_HALF,
   MMA_TF32,
+  BARRIER_ARRIVE,
+  WGMMA,
+  WGMMA_FENCE,
+  WGMMA_COMMIT,
+  WGMMA_WAIT,
 };
+
+// Of a wgmma, besides its operands.
+enum ProductFlag : unsigned { IS_HALF = 1, ACCUMULATE = 2, TRANSPOSED = 4, FROM_REGISTERS = 8 };
 
 // Of the thread that runs now.
 struct Current {
@@ -66,6 +74,14 @@ void emulator_copy_async(unsigned shared, const void* global, int bytes, bool va
 void emulator_commit_copies();
 void emulator_wait_copies(int pending);
 unsigned emulator_shared_address(const void* pointer);
+void emulator_memory_barrier_init(unsigned shared, int arrivals);
+void emulator_memory_barrier_arrive(unsigned shared, int expected_bytes);
+void emulator_memory_barrier_wait(unsigned shared, unsigned parity);
+void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const int (&at)[5]);
+void emulator_fence_async_proxy();
+// d: of this thread, n / 2 numbers. a: a descriptor, or four registers where given; b: a descriptor.
+void emulator_wgmma(int n, unsigned flags, float* d, const unsigned* a_registers, unsigned long long a, unsigned long long b);
+void emulator_wgmma_wait(int pending);
 float emulator_half_to_float(unsigned short bits);
 unsigned short emulator_float_to_half(float value);
 [[noreturn]] void emulator_fail(const char* format, ...);

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
@@ -22,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.cuda import jit
-from kernels.cuda.errors import CompilationError, LaunchError, SharedMemoryError
+from kernels.cuda.errors import CompilationError, KernelError, LaunchError, SharedMemoryError
 from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import Attributes, DeviceProperties
 
@@ -41,6 +42,8 @@ KERNEL_FLAGS = (
     "-Wno-unknown-pragmas",
 )
 SHARED_MEMORY = 227 << 10
+_PLAIN_MAP = struct.Struct("<6Q17I")
+_MAP_MAGIC = 0x70616D726F736E65
 TIME_LIMIT = 120  # seconds of CPU time for one launch
 
 
@@ -87,7 +90,7 @@ def engine() -> ctypes.CDLL:
     library.emulator_launch.argtypes = [
         ctypes.c_char_p,
         ctypes.c_void_p,
-        ctypes.c_char_p,
+        ctypes.c_void_p,
         ctypes.c_uint,
         ctypes.c_int,
         ctypes.c_uint,
@@ -141,11 +144,15 @@ class EmulatedKernel:
             raise SharedMemoryError(
                 f"{name} wants {shared_bytes} bytes of shared memory; there are {self.runtime.shared_memory}"
             )
+        # Tensor maps among the arguments want the alignment that the hardware gives a kernel's parameters.
+        buffer = ctypes.create_string_buffer(len(arguments) + 128)
+        start = ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 128
+        ctypes.memmove(start, arguments, len(arguments))
         with _running:
             self.runtime.launches += 1
             seed = self.runtime.seed * 1_000_003 + self.runtime.launches
             failure = engine().emulator_launch(
-                name.encode(), self._entry, arguments, grid, threads, shared_bytes, seed, TIME_LIMIT
+                name.encode(), self._entry, start, grid, threads, shared_bytes, seed, TIME_LIMIT
             )
         if failure is not None:
             raise EmulationError(f"{failure.decode()} (seed {self.runtime.seed}, launch {self.runtime.launches})")
@@ -186,6 +193,38 @@ class EmulatorRuntime:
 
     def why_not(self, device: torch.device) -> str | None:
         return None
+
+    def encode_tensor_map(
+        self,
+        address: int,
+        dtype: torch.dtype,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        box: Sequence[int],
+        steps: Sequence[int],
+        swizzle: int,
+    ) -> bytes:
+        """As kernels.cuda.tensor_map.encode, its rules included; read by hopper_engine.h."""
+        size = dtype.itemsize
+        span = [(count - 1) * step + 1 for count, step in zip(box, steps, strict=True)]
+        row = box[0] * size
+        legal = (
+            address % 16 == 0
+            and all(0 < count < 2**32 for count in sizes)
+            and all(stride * size % 16 == 0 and 0 <= stride * size < 2**40 for stride in strides)
+            and all(0 < side <= 256 for side in span)
+            and all(0 < step <= 8 for step in steps)
+            and steps[0] == 1
+            and (row % 16 == 0 if swizzle == 0 else row == swizzle)
+        )
+        if not legal:
+            raise KernelError(
+                f"no tensor map: address {address:#x}, {dtype}, sizes {list(sizes)}, strides {list(strides)}, "
+                f"box {list(box)}, steps {list(steps)}, swizzle {swizzle}"
+            )
+        byte_strides = (stride * size for stride in strides)
+        packed = _PLAIN_MAP.pack(address, _MAP_MAGIC, *byte_strides, *sizes, *box, *steps, swizzle, size)
+        return packed.ljust(128, b"\0")
 
 
 class _Mapping:

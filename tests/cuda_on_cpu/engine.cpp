@@ -44,7 +44,8 @@ const char* const NAMES[] = {
     "any_in_warp",    "all_in_warp",    "load_matrix_x4",
     "load_matrix_x4_transposed", "load_matrix_x2", "load_matrix_x2_transposed",
     "move_matrix",    "mma_m16n8k16<bf16>", "mma_m16n8k16<half>",
-    "mma_m16n8k8_tf32",
+    "mma_m16n8k8_tf32", "named_barrier_arrive", "wgmma",
+    "wgmma_fence",    "wgmma_commit",   "wgmma_wait",
 };
 
 struct Copy {
@@ -59,6 +60,9 @@ struct Thread {
   Context context;
   std::vector<Copy> copies;
   int committed;
+  uint32_t awaited, parity;  // memory barrier, 0 for none, and the phase that must be over
+  float* accumulators;       // of the wgmma that this thread asks for
+  const uint32_t* multiplicand;
 };
 
 struct Warp {
@@ -71,6 +75,7 @@ struct Warp {
 
 struct Barrier {
   int arrived, threads;
+  uint32_t passed;  // warps that arrived without waiting
   uint32_t lanes[MAX_THREADS / WARP];
 };
 
@@ -101,6 +106,11 @@ uint32_t random_below(uint32_t n) {
 Warp& this_warp() { return warps[emulator_current.thread / WARP]; }
 uint32_t this_lane_bit() { return 1u << (emulator_current.thread % WARP); }
 
+// Of hopper_engine.h, below.
+bool land_a_box();
+void work_ahead();
+int describe_hopper_waits(char* text, int size);
+
 // ---- Scheduling
 
 void run_thread(int next) {
@@ -126,9 +136,9 @@ int ready_warp() {
 }
 
 void report_deadlock() {
-  char states[512];
-  int length = 0;
-  for (int warp = 0; warp < warp_count && length < 400; ++warp) {
+  char states[800];
+  int length = describe_hopper_waits(states, 500);
+  for (int warp = 0; warp < warp_count && length < 700; ++warp) {
     const Warp& w = warps[warp];
     if (w.barrier) length += snprintf(states + length, sizeof states - length, " warp %d waits at barrier %d;", warp, w.barrier_id);
     else if (w.exited == ALL_LANES) length += snprintf(states + length, sizeof states - length, " warp %d has exited;", warp);
@@ -140,6 +150,8 @@ void report_deadlock() {
 void yield_blocked() {
   const int thread = emulator_current.thread;
   Warp& warp = this_warp();
+  while (!warp.ready && ready_warp() < 0 && land_a_box()) {
+  }
   if (warp.ready) {
     run_thread(thread / WARP * WARP + lane_after(warp.ready, thread % WARP));
   } else if (const int other = ready_warp(); other >= 0) {
@@ -168,6 +180,19 @@ void release(int id) {
     barrier.lanes[warp] = 0;
   }
   barrier.arrived = 0;
+  barrier.passed = 0;
+}
+
+void arrive_without_waiting(Warp& warp) {
+  const int id = static_cast<int>(warp.in[0][0]), count = static_cast<int>(warp.in[0][1]);
+  const uint32_t bit = 1u << (&warp - warps);
+  Barrier& barrier = barriers[id % BARRIERS];
+  if (id < 1 || id >= BARRIERS) emulator_fail("barrier %d: named barriers are 1 to 15", id);
+  if (barrier.arrived && barrier.threads != count) emulator_fail("barrier %d of %d threads, while others wait there for %d", id, count, barrier.threads);
+  if (barrier.passed & bit) emulator_fail("the warp arrives at barrier %d twice before it is complete", id);
+  barrier.threads = count;
+  barrier.passed |= bit;
+  if ((barrier.arrived += WARP) == count) release(id);
 }
 
 void thread_body() {
@@ -207,6 +232,7 @@ void land_at(std::vector<Copy>& copies, size_t index) {
 }
 
 void land_sometimes() {
+  work_ahead();
   auto& copies = threads[emulator_current.thread].copies;
   if (!copies.empty() && random_below(16) == 0) land_at(copies, random_below(static_cast<uint32_t>(copies.size())));
 }
@@ -307,10 +333,14 @@ FOR_THIS_CPU void multiply_tf32(Warp& w) {
   multiply<8>(w, a, b);
 }
 
+#include "hopper_engine.h"
+
 void execute(Warp& w) {
+  const int warp = static_cast<int>(&w - warps);
   switch (w.operation) {
     case SYNC_WARP:
     case WARP_INDEX:
+    case WGMMA_WAIT:
       break;
     case SHUFFLE:
       for (auto lane = 0; lane < WARP; ++lane) w.out[lane][0] = w.in[w.in[lane][1] % WARP][0];
@@ -338,6 +368,17 @@ void execute(Warp& w) {
       return multiply_half(w);
     case MMA_TF32:
       return multiply_tf32(w);
+    case BARRIER_ARRIVE:
+      return arrive_without_waiting(w);
+    case WGMMA:
+      return issue_product(w);
+    case WGMMA_FENCE:
+      multipliers[warp].fenced = true;
+      break;
+    case WGMMA_COMMIT:
+      multipliers[warp].fenced = false;
+      ++multipliers[warp].committed;
+      break;
   }
 }
 
@@ -352,12 +393,15 @@ void run_block(uint32_t block) {
   for (int i = 0; i < thread_count; ++i) {
     threads[i].copies.clear();
     threads[i].committed = 0;
+    threads[i].awaited = 0;
     make_context(threads[i].context, stacks + i * (STACK + PAGE) + PAGE, STACK, thread_body);
   }
+  reset_hopper();
   alive = thread_count;
   descending = random_below(2);
   emulator_current.thread = static_cast<int>(random_below(thread_count));
   switch_context(launcher, threads[emulator_current.thread].context);
+  check_hopper_at_end();
   const unsigned char* end = emulator_current.shared + shared_bytes;
   for (const unsigned char* p = shared_pages; p < shared_end; ++p)
     if ((p < emulator_current.shared || p >= end) && *p != CANARY)
@@ -487,6 +531,64 @@ void emulator_wait_copies(int pending) {
     else ++i;
   }
   land_sometimes();
+}
+
+void emulator_memory_barrier_init(unsigned shared, int arrivals) {
+  auto& state = *reinterpret_cast<MemoryBarrierState*>(shared_at(shared, 8, 8, "memory barrier"));
+  if (arrivals < 1 || arrivals >= 1 << 12) emulator_fail("a memory barrier of %d arrivals", arrivals);
+  state = {0, static_cast<unsigned>(arrivals), static_cast<unsigned>(arrivals), 0, BARRIER_MAGIC};
+}
+
+void emulator_memory_barrier_arrive(unsigned shared, int expected_bytes) {
+  MemoryBarrierState& state = memory_barrier(shared);
+  if (state.pending == 0) emulator_fail("the memory barrier at byte %u gets more than its %u arrivals in one phase", shared - SHARED_START, static_cast<unsigned>(state.arrivals));
+  state.bytes += expected_bytes;
+  --state.pending;
+  finish_phase(shared, state);
+  land_sometimes();
+  yield_sometimes();
+}
+
+void emulator_memory_barrier_wait(unsigned shared, unsigned parity) {
+  land_sometimes();
+  Thread& thread = threads[emulator_current.thread];
+  while (memory_barrier(shared).phase == parity) {
+    thread.awaited = shared;
+    thread.parity = parity;
+    this_warp().ready &= ~this_lane_bit();
+    yield_blocked();
+  }
+}
+
+void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const int (&at)[5]) {
+  BoxCopy copy;
+  memcpy(&copy.map, map, sizeof copy.map);
+  if (reinterpret_cast<uintptr_t>(map) % 64) emulator_fail("copy_box: the map at %p is not aligned to 64 bytes", map);
+  if (copy.map.magic != MAP_MAGIC) emulator_fail("copy_box: the map was not encoded");
+  copy.shared = shared;
+  copy.barrier = barrier;
+  memcpy(copy.at, at, sizeof copy.at);
+  memory_barrier(barrier);
+  const uint32_t bytes = box_bytes(copy.map);
+  memset(shared_at(shared, bytes, 128, "copy_box"), POISON, bytes);
+  memset(&async_shared[shared - SHARED_START], POISON, bytes);
+  box_copies.push_back(copy);
+  land_sometimes();
+}
+
+void emulator_fence_async_proxy() { memcpy(async_shared.data(), emulator_current.shared, shared_bytes); }
+
+void emulator_wgmma(int n, unsigned flags, float* d, const unsigned* a_registers, unsigned long long a, unsigned long long b) {
+  Thread& thread = threads[emulator_current.thread];
+  thread.accumulators = d;
+  thread.multiplicand = a_registers;
+  const unsigned in[6] = {static_cast<unsigned>(a), static_cast<unsigned>(a >> 32), static_cast<unsigned>(b), static_cast<unsigned>(b >> 32), static_cast<unsigned>(n), flags};
+  emulator_collective(WGMMA, in, 6, nullptr, 0);
+}
+
+void emulator_wgmma_wait(int pending) {
+  emulator_collective(WGMMA_WAIT, nullptr, 0, nullptr, 0);
+  wait_products(pending);
 }
 
 unsigned emulator_shared_address(const void* pointer) {

@@ -1,0 +1,157 @@
+"""The Hopper kernels' sources, run on the CPU: tensor copies, memory barriers and wgmma come from hopper_engine.h."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import emulator as emulation
+import pytest
+import torch
+from emulator import EmulationError, EmulatorRuntime
+from test_flash import TOLERANCE, close, make_operands, make_problem
+from test_mutations import source_of
+from torch import Tensor
+
+from kernels.backend import Operands
+from kernels.cuda import hopper
+from kernels.cuda.hopper import Tiles
+from kernels.cuda.runtime import use_runtime
+from kernels.problem import Axis, Problem
+from kernels.reference import Reference
+
+
+@pytest.fixture(autouse=True)
+def _any_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "SMALLEST_WINDOW", 1)
+    hopper._plan.cache_clear()
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
+    monkeypatch.setattr(hopper, "choose_tiles", lambda *_: tiles)
+
+
+def doubles(operands: Operands) -> Operands:
+    return Operands(*(None if t is None else t.double() for t in dataclasses.astuple(operands)))
+
+
+def check_forward(problem: Problem, *, packed: bool = False) -> tuple[Tensor, Tensor]:
+    operands = make_operands(problem, packed=packed)
+    assert hopper.why_not(problem) is None
+    assert hopper.why_not_operands(problem, operands) is None
+    expected, expected_lse = Reference().forward(dataclasses.replace(problem, dtype=torch.float64), doubles(operands))
+    output, lse = hopper.forward(problem, operands)
+    close("output", output, expected, TOLERANCE[problem.dtype])
+    close("lse", lse, expected_lse, TOLERANCE[problem.dtype])
+    return output, lse
+
+
+WINDOWS = [
+    (Axis(300, 140),),
+    (Axis(333, 60, 2),),  # groups of different lengths
+    (Axis(290, 130, causal=True),),
+    (Axis(280, 96, stride=32),),
+    (Axis(64, 64),),
+    (Axis(20, 12), Axis(24, 13)),
+    (Axis(33, 8, 3), Axis(26, 9, 2)),
+    (Axis(18, 10, causal=True), Axis(21, 8, stride=5)),
+    (Axis(21, 6, 2, 3, True), Axis(17, 17)),
+    (Axis(6, 5), Axis(10, 6), Axis(13, 7)),
+    (Axis(9, 3, 2, causal=True), Axis(8, 6, stride=4), Axis(19, 5, 3)),
+]
+
+
+@pytest.mark.parametrize("axes", WINDOWS, ids=str)
+def test_every_kind_of_window(emulator: EmulatorRuntime, axes: tuple[Axis, ...]) -> None:
+    check_forward(make_problem(*axes, head_dim=64))
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 96, 128, 192, 256])
+def test_head_dims(emulator: EmulatorRuntime, head_dim: int) -> None:
+    dtype = torch.bfloat16 if head_dim % 64 else torch.float16
+    check_forward(make_problem(Axis(14, 9), Axis(19, 11), head_dim=head_dim, dtype=dtype))
+
+
+def test_batches_and_shared_heads(emulator: EmulatorRuntime) -> None:
+    problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=4, key_heads=2, head_dim=32, dtype=torch.bfloat16)
+    check_forward(problem)
+
+
+def test_packed_qkv_is_read_in_place(emulator: EmulatorRuntime) -> None:
+    check_forward(make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=3, head_dim=64), packed=True)
+
+
+SKIPPING = (Axis(420, 40),)
+"""With boxes of 16 keys, the second of two warpgroups has no use for four boxes at the start; there are two stages."""
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_boxes_that_a_warpgroup_skips(
+    emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, warpgroups: int, stages: int
+) -> None:
+    use_tiles(monkeypatch, Tiles((1, 1, 64), (1, 1, warpgroups), (1, 1, 16), stages))
+    check_forward(make_problem(*SKIPPING, head_dim=16))
+
+
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_any_order_of_events(seed: int) -> None:
+    with use_runtime("cpu", EmulatorRuntime(seed)):
+        check_forward(make_problem(Axis(20, 12), Axis(24, 13), head_dim=64))
+
+
+def test_the_same_bits_in_any_order(emulator: EmulatorRuntime) -> None:
+    problem = make_problem(Axis(20, 12), Axis(24, 13), head_dim=32)
+    first = check_forward(problem)
+    for one, two in zip(first, check_forward(problem), strict=True):
+        assert torch.equal(one, two)
+
+
+KEY_WAIT = "      barrier_wait(shared.key_full[stage(step)], parity(step));\n      const"
+VALUE_WAIT = "      barrier_wait(shared.value_full[stage(step)], parity(step));\n      const"
+LAST_WAIT = "        wgmma_wait<0>();\n        release(shared.value_empty[stage(last)]);\n        rescale"
+MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    "turns only for boxes that are needed": [
+        ("        begin_turn();\n        end_turn();\n        // The", "        // The")
+    ],
+    "one arrival for a whole warpgroup": [
+        ("if (lane == 0) barrier_arrive", "if (thread == 0) barrier_arrive"),
+        ("barrier_init(shared.key_empty[s], 4 * ", "barrier_init(shared.key_empty[s], "),
+        ("barrier_init(shared.value_empty[s], 4 * ", "barrier_init(shared.value_empty[s], "),
+    ],
+    "keys not waited for": [(KEY_WAIT, "      const")],
+    "values not waited for": [(VALUE_WAIT, "      const")],
+    "keys overwritten while they are multiplied": [
+        ("      wgmma_wait<0>();\n      release(shared.key_empty", "      release(shared.key_empty")
+    ],
+    "scores read while they are computed": [("        wgmma_wait<1>();\n", "")],
+    "output scaled while it is summed up": [(LAST_WAIT, LAST_WAIT[LAST_WAIT.index("\n") + 1 :])],
+    "too few bytes expected": [("key_full[s], Config::BOX_BYTES);", "key_full[s], Config::BOX_BYTES - 16);")],
+    "no fence before a product": [
+        ("      wgmma_fence();\n      FASTNA_UNROLL\n      for (int k = 0; k < D", "      for (int k = 0; k < D")
+    ],
+    "values one row too far apart": [("value + k * 16 * ROW, N * ROW)", "value + k * 16 * ROW, N * ROW + ROW)")],
+}
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_a_broken_kernel_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = "src/hopper_forward.cuh"
+    text = source_of(header)
+    for old, new in MUTATIONS[mistake]:
+        assert text.count(old) == 1, f"{header} changed: say anew how to break it"
+        text = text.replace(old, new)
+    (tmp_path / "src").mkdir()
+    (tmp_path / header).write_text(text)
+    monkeypatch.setattr(emulation, "ROOTS", (tmp_path, *emulation.ROOTS))
+    noticed = 0
+    for warpgroups in (2, 3):
+        use_tiles(monkeypatch, Tiles((1, 1, 64), (1, 1, warpgroups), (1, 1, 16), 2))
+        hopper._plan.cache_clear()
+        for seed in range(3):
+            with use_runtime("cpu", EmulatorRuntime(seed)):
+                try:
+                    check_forward(make_problem(*SKIPPING, head_dim=128))
+                except (EmulationError, AssertionError):
+                    noticed += 1
+    assert noticed, f"nobody noticed: {mistake}"
