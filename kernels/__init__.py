@@ -4,6 +4,7 @@ output = na2d(query, key, value, kernel_size=7, dilation=2, rpb=rpb)     # [batc
 print(explain(query, key, value, kernel_size=7))                         # which backend serves, and why not the others
 """
 
+from kernels.decomposition import decomposed
 from kernels.functional import explain, merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from kernels.modules import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 
@@ -11,6 +12,7 @@ __all__ = [
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "decomposed",
     "explain",
     "merge_attentions",
     "na1d",

@@ -100,14 +100,18 @@ class Problem:
     device: torch.device
     additional: int = 0
     rpb_dtype: torch.dtype | None = None
-    _hash: int = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        sizes = (self.batch, self.heads, self.key_heads, self.head_dim, self.value_dim, self.additional)
-        object.__setattr__(self, "_hash", hash((sizes, self.axes, self.scale, self.dtype, self.device, self.rpb_dtype)))
+    _hash: int | None = field(default=None, init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        """Computed once: a call looks several things up by its problem, and small kernels take ten microseconds."""
+        """Computed once: a call looks several things up by its problem, and small kernels take ten microseconds.
+
+        Only when asked for: while a graph is traced, sizes may be symbolic, and those cannot be hashed.
+        """
+        if self._hash is None:
+            sizes = (self.batch, self.heads, self.key_heads, self.head_dim, self.value_dim, self.additional)
+            known = hash((sizes, self.axes, self.scale, self.dtype, self.device, self.rpb_dtype))
+            object.__setattr__(self, "_hash", known)
+            return known
         return self._hash
 
     @property
