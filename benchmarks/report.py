@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,45 +93,76 @@ def compare(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     return joined.reset_index().drop(columns="key").sort_values("speed-up")
 
 
-def build(paths: list[Path], against: list[Path] | None = None) -> tuple[str, dict[str, pd.DataFrame]]:
-    """The report as HTML, and its main tables by name for Markdown.
+def _frames(paths: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:
+    """Records of kernels and of models, and the facts of the runs they come from.
 
     Raises:
         ValueError: none of the files holds a result.
     """
-    kernel_paths = [path for path in paths if path.name.startswith("kernels-")]
-    model_paths = [path for path in paths if path.name.startswith("models")]
-    frame, facts = summary.load(kernel_paths)
-    models_frame, model_facts = summary.load(model_paths, index=("suite", "key"))
-    if frame.empty and models_frame.empty:
-        raise ValueError(
-            f"results {[str(path) for path in paths]}: hold no timed problem; run scripts/benchmark_*.py first"
-        )
-    environments = facts + model_facts
-    device = environments[-1]["device"] if environments else ""
-    sections: list[Section] = []
-    tables: dict[str, pd.DataFrame] = {}
-    for suite, rows in frame.groupby("suite", sort=False) if len(frame) else ():
-        sections.append(_kernel_section(str(suite), rows, device))
+    kernels, facts = summary.load([path for path in paths if path.name.startswith("kernels-")])
+    models_paths = [path for path in paths if path.name.startswith("models")]
+    models, model_facts = summary.load(models_paths, index=("suite", "key"))
+    if kernels.empty and models.empty:
+        raise ValueError(f"results {[path.name for path in paths]}: hold no timed problem; run scripts/benchmark_*.py")
+    distinct: list[dict[str, Any]] = []
+    for fact in facts + model_facts:
+        if fact not in distinct:
+            distinct.append(fact)
+    return kernels, models, distinct
+
+
+def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
+    """The tables that results hold, by the names under which the README asks for them, such as `floors, forward`."""
+    kernels, models, _ = _frames(paths)
+    found: dict[str, pd.DataFrame] = {}
+    for suite, rows in kernels.groupby("suite", sort=False) if len(kernels) else ():
         for direction in rows["direction"].unique():
-            tables[f"{suite}, {direction}"] = summary.case_table(rows, direction)
+            found[f"{suite}, {direction}"] = summary.case_table(rows, direction).drop(columns="suite")
         for over in BASELINES:
-            gains = summary.improvements(rows, over)
-            if len(gains):
-                tables[f"{suite}, improvement over {over}"] = gains
-    if len(models_frame):
-        sections.append(_model_section(models_frame))
-        for mode in models_frame["mode"].unique():
-            for precision in models_frame["precision"].unique():
-                tables[f"models, {mode}, {precision}"] = model_table(models_frame, mode, precision)
+            found[f"{suite}, improvement over {over}"] = summary.improvements(rows, over)
+    for mode in models["mode"].unique() if len(models) else ():
+        for precision in models["precision"].unique():
+            found[f"models, {mode}, {precision}"] = model_table(models, mode, precision)
+    return {name: table for name, table in found.items() if len(table)}
+
+
+def fill_marked_tables(text: str, root: Path) -> str:
+    """`text` with the table behind each `<!-- table: FOLDER: NAME -->` made anew from the results in root / FOLDER.
+
+    Raises:
+        ValueError: the folder holds no table of that name.
+    """
+    known: dict[str, dict[str, pd.DataFrame]] = {}
+
+    def table(match: re.Match[str]) -> str:
+        folder, name = match["folder"], match["name"]
+        if folder not in known:
+            known[folder] = tables(sorted((root / folder).glob("*.jsonl")))
+        if name not in known[folder]:
+            raise ValueError(f"table {name!r}: {folder} holds no such table; it has {sorted(known[folder])}")
+        return f"{match['mark']}\n{summary.markdown(known[folder][name])}\n<!-- end -->"
+
+    marked = r"(?P<mark><!-- table: (?P<folder>\S+): (?P<name>.+?) -->)\n.*?<!-- end -->"
+    return re.sub(marked, table, text, flags=re.DOTALL)
+
+
+def build(paths: list[Path], against: list[Path] | None = None) -> str:
+    """The report as one HTML file.
+
+    Raises:
+        ValueError: none of the files holds a result.
+    """
+    kernels, models, facts = _frames(paths)
+    device = facts[-1]["device"] if facts else ""
+    sections = (
+        [_kernel_section(str(s), rows, device) for s, rows in kernels.groupby("suite", sort=False)]
+        if len(kernels)
+        else []
+    )
+    if len(models):
+        sections.append(_model_section(models))
     if against:
-        changes = compare(frame, summary.load(against)[0])
-        section = Section("Against earlier results", tables=[("Seconds now and before", _html(changes))])
-        sections.insert(0, section)
-        tables["against"] = changes
-    unique: list[dict[str, Any]] = []
-    for fact in environments:
-        if fact not in unique:
-            unique.append(fact)
+        changes = compare(kernels, summary.load(against)[0])
+        sections.insert(0, Section("Against earlier results", tables=[("Seconds now and before", _html(changes))]))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.j2").read_text())
-    return template.render(environments=unique, sections=sections), {k: v for k, v in tables.items() if len(v)}
+    return template.render(environments=facts, sections=sections)

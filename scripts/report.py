@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report, summary
+from benchmarks.device import ROOT
 
 
 def files(paths: list[Path]) -> list[Path]:
@@ -29,18 +30,25 @@ def files(paths: list[Path]) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="JSON-lines files, or folders of them")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON-lines files, or folders of them")
     parser.add_argument("--against", type=Path, nargs="+", help="earlier results to compare with")
     parser.add_argument("--html", type=Path, help="where to write the report (default: report.html beside the results)")
+    parser.add_argument("--readme", action="store_true", help="make the tables that README.md marks anew")
     options = parser.parse_args()
+    if bool(options.results) == options.readme:
+        parser.error("name results, or say --readme")
+    if options.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(report.fill_marked_tables(readme.read_text(), ROOT))
+        return
     try:
-        html, tables = report.build(files(options.results), files(options.against) if options.against else None)
+        html = report.build(files(options.results), files(options.against) if options.against else None)
     except ValueError as error:
         sys.exit(str(error))
     first = options.results[0]
     target = options.html or (first if first.is_dir() else first.parent) / "report.html"
     target.write_text(html)
-    for title, table in tables.items():
+    for title, table in report.tables(files(options.results)).items():
         print(f"### {title}\n\n{summary.markdown(table)}\n")
     print(f"report: {target}")
 

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from benchmarks import report
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python|)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -81,3 +83,7 @@ def test_make_knows_every_target_that_is_shown():
     assert {"train", "test", "install", "help"} <= targets
     known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert targets <= known
+
+
+def test_the_tables_are_those_of_the_results():
+    assert report.fill_marked_tables(README, ROOT) == README
