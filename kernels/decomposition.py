@@ -103,7 +103,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """What fastna::forward computes: output `[batch, *space, heads, value_dim]` and lse `[batch, *space, heads]`."""
     space, rank = query.shape[1:-2], len(window)
-    axes = [Axis(int(n), *axis) for n, *axis in zip(space, window, dilation, stride, is_causal, strict=True)]
+    sizes = zip(space, window, dilation, stride, is_causal, strict=True)
+    axes = [Axis(int(length), k, d, s, causal) for length, k, d, s, causal in sizes]
     tables = [axis_tables(axis, TILE[rank]) for axis in axes]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key_heads, shared = key.shape[-2], query.shape[-2] // key.shape[-2]
