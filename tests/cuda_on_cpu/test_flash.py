@@ -161,6 +161,18 @@ def test_bias_too_large_for_shared_memory(emulator: EmulatorRuntime, monkeypatch
     check(make_problem(*PLANE, rpb_dtype=RPB, heads=2, batch=3))
 
 
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_no_bias_is_read_for_rows_behind_the_last_token(
+    emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Every token of the last tile's rows sees whole tiles of columns; but the tile has rows that are no token."""
+    monkeypatch.setattr("kernels.cuda.flash_plan.BIAS_LIMIT", 0)
+    problem = make_problem(Axis(40, 40), dtype=torch.float32, head_dim=128, rpb_dtype=RPB)
+    operands = make_operands(problem)
+    assert operands.rpb is not None
+    check(problem, operands=dataclasses.replace(operands, rpb=guarded(operands.rpb, at)))
+
+
 def test_tf32_only_where_torch_allows_it(emulator: EmulatorRuntime, tf32: None) -> None:
     problem = make_problem(*PLANE, dtype=torch.float32, head_dim=24, rpb_dtype=RPB)
     output, _, _ = check(problem, tolerance=TF32_TOLERANCE)

@@ -96,8 +96,9 @@ struct RowWindows {
       const Interval warp_high = seen(axis, minimum(first + Box::warp_extent(i) - 1, last), length);
       const Interval any = {warp_low.begin, warp_high.end}, each = {warp_high.begin, warp_low.end}, empty = {0, 0};
       if (lane_index() == 0) {
+        // A row that is no token needs its mask: its bias would come from outside the table.
         warp_buffer[2 * i] = first <= last ? any : empty;
-        warp_buffer[2 * i + 1] = each;
+        warp_buffer[2 * i + 1] = first + Box::warp_extent(i) - 1 <= last ? each : empty;
       }
       if (lane_index() < 16) {
         const int position = place.origin[i] + Box::coordinate(first_row + lane_index(), i);
