@@ -5,22 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
-import models
+from training.attention import as_picture, attention_panels, shown_layers
 from training.config import ReportConfig
 from training.data import ImageData
 from training.data.images import UNREADABLE
 from training.evaluation import Figures, summary_line
 from training.files import write_text
 from training.module import Classifier
-from training.pictures import draw_confusion, draw_curves, figure_uri, image_uri, overlay, read_curves
+from training.pictures import draw_confusion, draw_curves, figure_uri, image_uri, read_curves
 
 THUMBNAIL = 160
-SHOWN_LAYERS = 4
 
 
 def write_report(
@@ -34,14 +32,7 @@ def write_report(
         figures: of those predictions.
     """
     curves = read_curves(folder)
-    environment = Environment(
-        loader=PackageLoader("training"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("report.html.j2").render(
+    text = template("report.html.j2").render(
         title=module.description["model"]["name"],
         split=split,
         summary=summary_line(figures),
@@ -56,6 +47,18 @@ def write_report(
     path = folder / "report.html"
     write_text(path, text)
     return path
+
+
+def template(name: str) -> Template:
+    """A page of training/templates; every value is escaped, and a missing one is an error."""
+    environment = Environment(
+        loader=PackageLoader("training"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
@@ -88,28 +91,17 @@ def attention(module: Classifier, data: ImageData, split: str, count: int) -> li
 
     Empty for a model without neighborhood attention.
     """
-    layers = models.attention_layers(module.model)
-    if not layers or count == 0:
+    if not shown_layers(module.model) or count == 0:
         return []
-    chosen = [layers[i] for i in sorted({round(i) for i in np.linspace(0, len(layers) - 1, SHOWN_LAYERS)})]
     reader = data.reader(split)
-    device = next(module.model.parameters()).device
-    mean, std = np.asarray(data.config.mean), np.asarray(data.config.std)
     entries = []
     for index in np.linspace(0, len(reader) - 1, min(count, len(reader)), dtype=int):
         try:
             image = reader.transform(reader.picture(int(index)))
         except UNREADABLE:
             continue
-        shown = (image.permute(1, 2, 0).numpy() * std + mean).clip(0, 1) * 255
-        picture = Image.fromarray(shown.round().astype(np.uint8).squeeze())
-        with torch.autocast(device.type, enabled=False):
-            tensor = image[None].to(device)
-            maps = [models.attention_maps(module.model, tensor, name)[0, 0].mean(0).cpu().numpy() for name in chosen]
-        drawn = [{"image": image_uri(thumbnail(picture)), "caption": f"{reader.images.label(int(index))}"}]
-        for name, weights in zip(chosen, maps, strict=True):
-            rows, columns = weights.shape
-            query = ((rows // 2 + 0.5) / rows, (columns // 2 + 0.5) / columns)
-            drawn.append({"image": image_uri(overlay(picture, weights, [query])), "caption": name})
+        picture = image_uri(thumbnail(as_picture(image, data.config)))
+        panels = attention_panels(module.model, image[None], data.config)[0]
+        drawn = [{"image": picture, "caption": reader.images.label(int(index))}, *panels]
         entries.append({"panels": drawn, "true": module.classes[reader.targets[int(index)]]})
     return entries
