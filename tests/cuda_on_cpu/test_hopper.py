@@ -14,8 +14,8 @@ from test_mutations import source_of
 from torch import Tensor
 
 from kernels.backend import Operands
-from kernels.cuda import hopper
-from kernels.cuda.hopper import Tiles
+from kernels.cuda import hopper, hopper_tiles
+from kernels.cuda.hopper_tiles import Tiles
 from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis, Problem
 from kernels.reference import Reference
@@ -23,7 +23,7 @@ from kernels.reference import Reference
 
 @pytest.fixture(autouse=True)
 def _any_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "SMALLEST_WINDOW", 1)
+    monkeypatch.setattr(hopper_tiles, "SMALLEST_WINDOW", 1)
     hopper._plan.cache_clear()
 
 
@@ -126,7 +126,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "scores read while they are computed": [("        wgmma_wait<1>();\n", "")],
     "output scaled while it is summed up": [(LAST_WAIT, LAST_WAIT[LAST_WAIT.index("\n") + 1 :])],
-    "too few bytes expected": [("key_full[s], Config::BOX_BYTES);", "key_full[s], Config::BOX_BYTES - 16);")],
+    "too few bytes expected": [("key_full[s], Tiles::BOX_BYTES);", "key_full[s], Tiles::BOX_BYTES - 16);")],
     "no fence before a product": [
         ("      wgmma_fence();\n      FASTNA_UNROLL\n      for (int k = 0; k < D", "      for (int k = 0; k < D")
     ],

@@ -1,0 +1,208 @@
+"""What the Hopper kernels share on the host: which problems they take, tile boxes, tensor maps.
+
+Rows stay in a block (queries; keys for their own gradients), columns stream past them in boxes. Boxes are chosen per
+problem by the one thing that decides here: how many (row, column) pairs they multiply in all.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.cuda import runtime, tensor_map
+from kernels.cuda.arguments import MAX_RANK, Opaque
+from kernels.cuda.jit import instantiate
+from kernels.problem import Axis, Problem
+
+TENSOR_MAP = Opaque("TensorMap", tensor_map.BYTES)
+
+ROWS = 64  # of one warpgroup
+STEP_PAIRS = 12  # what a box costs besides its pairs, in columns
+SMALLEST_WINDOW = 128  # keys; below, tiles that are mostly masked cost more than the other families
+_ELEMENT_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Rows of a warpgroup, warpgroups and columns of a box along each of three axes, and stages of columns."""
+
+    rows: tuple[int, int, int]
+    warpgroups: tuple[int, int, int]
+    columns: tuple[int, int, int]
+    stages: int
+    resident: int = 1
+    """Blocks that an SM holds at once."""
+
+    @property
+    def groups(self) -> int:
+        return math.prod(self.warpgroups)
+
+    @property
+    def threads(self) -> int:
+        """One warpgroup copies, the others multiply."""
+        return 128 * (1 + self.groups)
+
+    @property
+    def registers(self) -> int:
+        """Per thread that multiplies: the copying warpgroup keeps 24 per thread, the others share the rest."""
+        share = 65536 // (self.threads * self.resident) // 8 * 8
+        return min((share * (1 + self.groups) - 24) // self.groups // 8 * 8, 240)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Rows of one block along each axis."""
+        return tuple(r * w for r, w in zip(self.rows, self.warpgroups, strict=True))
+
+    def counts(self, axes: tuple[Axis, ...]) -> list[int]:
+        """Blocks along each axis of the longest dilation group."""
+        return [-(-axis.group_length(0) // block) for axis, block in zip(axes, self.block, strict=True)]
+
+    def rows_bytes(self, head_dim: int) -> int:
+        """One vector of every row of a block."""
+        return self.groups * ROWS * head_dim * _ELEMENT_BYTES
+
+    def box_bytes(self, head_dim: int) -> int:
+        """One vector of every column of a box."""
+        return math.prod(self.columns) * head_dim * _ELEMENT_BYTES
+
+    @property
+    def windows_bytes(self) -> int:
+        return self.groups * 3 * ROWS * 8
+
+    def config(self, dtype: torch.dtype, head_dim: int, inverse: bool) -> str:
+        return instantiate(
+            "HopperTiles", dtype, head_dim, inverse, *self.rows, *self.warpgroups, *self.columns, self.stages
+        )
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why no Hopper kernel serves a problem, in one sentence; None where they do."""
+    reason = runtime.why_not_here(problem)
+    if reason:
+        return reason
+    if runtime.properties(problem.device).capability != (9, 0):
+        return "it needs compute capability 9.0"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {problem.dtype}"
+    if problem.head_dim != problem.value_dim or problem.head_dim % 16 or problem.head_dim > 256:
+        return f"it takes one head_dim, a multiple of 16 up to 256, not {problem.head_dim} and {problem.value_dim}"
+    if problem.has_rpb or problem.additional:
+        return "it takes neither a bias nor additional keys"
+    if problem.scale <= 0:
+        return f"it takes a positive scale, not {problem.scale}"
+    if problem.window_size < SMALLEST_WINDOW:
+        return f"it is for windows of at least {SMALLEST_WINDOW} keys, not {problem.window_size}"
+    if max(problem.dilation) > tensor_map.MAX_STEP:
+        return f"it takes dilations up to {tensor_map.MAX_STEP}, not {problem.dilation}"
+    return None
+
+
+def why_not_tensor(name: str, tensor: Tensor) -> str | None:
+    """Why tensor copies cannot read a tensor: alignment, or heads that do not lie within one token."""
+    *outer, head, _ = tensor.stride()
+    steps = [step for step, size in zip(outer, tensor.shape, strict=False) if size > 1]
+    width = (tensor.shape[-2] - 1) * head + tensor.shape[-1]
+    if tensor.data_ptr() % 16 or any(step * tensor.element_size() % 16 for step in (*steps, head)):
+        return f"{name} is not aligned to 16 bytes"
+    if (tensor.shape[-2] > 1 and head != tensor.shape[-1]) or any(step < width for step in steps):
+        return f"{name} has heads that do not follow each other within a token"
+    return None
+
+
+def _along(axis: Axis, rows: int, warpgroups: int, columns: int, inverse: bool) -> int:
+    """Pairs that warpgroups multiply along one axis: each visits the boxes that meet its own windows.
+
+    Boxes start where the union of the block's windows does, so a warpgroup behind the first may visit one more.
+    """
+    seen = axis.queries_at if inverse else axis.window_at
+    total = 0
+    for length in {axis.group_length(group) for group in range(axis.dilation)}:
+        groups = sum(axis.group_length(group) == length for group in range(axis.dilation))
+        for block in range(0, length, rows * warpgroups):
+            start = seen(block, length)[0]
+            for first in range(block, min(block + rows * warpgroups, length), rows):
+                last = min(first + rows, length) - 1
+                skipped = (seen(first, length)[0] - start) // columns
+                boxes = -(-(seen(last, length)[1] - start) // columns) - skipped
+                total += groups * boxes * columns * rows
+    return total
+
+
+def _boxes(count: int, exact: bool, axes: tuple[Axis, ...], multiple: int) -> Iterator[tuple[int, int, int]]:
+    """Boxes of `count` (or at most so many) tokens, along the last axis a multiple of `multiple`."""
+    flat = [axis.length == 1 for axis in axes]
+    for first in range(1, 2 if flat[0] else min(count, 32) + 1):
+        for second in range(1, 2 if flat[1] else count // first + 1):
+            for third in range(multiple, count // (first * second) + 1, multiple):
+                size = first * second * third
+                if size == count if exact else size % 16 == 0 and 2 * size > count:
+                    yield first, second, third
+
+
+@functools.lru_cache(maxsize=512)
+def choose_tiles(
+    axes: tuple[Axis, ...], groups: int, most: int, stages: int = 2, resident: int = 1, inverse: bool = False
+) -> Tiles:
+    """The boxes of `groups` warpgroups and up to `most` columns that multiply the fewest pairs.
+
+    `axes` are padded to three; `inverse`: rows are keys, and columns the queries that see them.
+    """
+    along = functools.cache(functools.partial(_along, inverse=inverse))
+    limits = [tensor_map.MAX_BOX // axis.dilation for axis in axes]
+    columns = [
+        box for box in _boxes(most, False, axes, 8) if all(b <= limit for b, limit in zip(box, limits, strict=True))
+    ]
+    best: tuple[float, Tiles] | None = None
+    sides = range(1, groups + 1)
+    arrangements = [(a, b, c) for a, b, c in itertools.product(sides, repeat=3) if a * b * c == groups]
+    for rows in _boxes(ROWS, True, axes, 1):
+        if any(side & (side - 1) for side in rows):
+            continue
+        for warpgroups in arrangements:
+            block = [r * w for r, w in zip(rows, warpgroups, strict=True)]
+            if any(side > max(axis.length, 1) and w > 1 for side, axis, w in zip(block, axes, warpgroups, strict=True)):
+                continue
+            for box in columns:
+                shapes = zip(axes, rows, warpgroups, box, strict=True)
+                cost = math.prod(along(*shape) for shape in shapes) * (1 + STEP_PAIRS / math.prod(box))
+                if best is None or cost < best[0]:
+                    best = cost, Tiles(rows, warpgroups, box, stages, resident)
+    if best is None:
+        rows = next(box for box in _boxes(ROWS, True, axes, 1) if not any(side & (side - 1) for side in box))
+        return Tiles(rows, (1, 1, groups), columns[-1], stages, resident)
+    return best[1]
+
+
+def map_tensor(tensor: Tensor, box: tuple[int, int, int], dilation: tuple[int, ...]) -> bytes:
+    """The map of `[batch, *space, heads, channels]` for copies of a box of tokens and a slice of a head's channels."""
+    return _map(
+        tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box, tuple(dilation)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _map(
+    device: torch.device,
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, int, int],
+    dilation: tuple[int, ...],
+) -> bytes:
+    rank = len(shape) - 3
+    channels = shape[-1]
+    row = next(size for size in (128, 64, 32, 16) if channels * dtype.itemsize % size == 0)
+    padding = MAX_RANK - rank
+    batch_stride = strides[0] if shape[0] > 1 else max(strides[0], 8)
+    sizes = [(shape[-2] - 1) * strides[-2] + channels, *reversed(shape[1:-2]), *(1,) * padding, shape[0]]
+    steps = [1, *reversed(dilation), *(1,) * padding, 1]
+    outer = [*reversed(strides[1:-2]), *(batch_stride,) * padding, batch_stride]
+    slice_box = (row // dtype.itemsize, *reversed(box), 1)
+    return runtime.encode_tensor_map(device, address, dtype, sizes, outer, slice_box, steps, row if row > 16 else 0)
