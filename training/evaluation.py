@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,18 @@ class Predictions:
         order = np.argsort(columns[0], kind="stable")
         return Predictions(*(column[order] for column in columns))
 
+    def with_accepted(self, accepted: Sequence[Sequence[int]]) -> "Predictions":
+        """The same answers where several classes can be right: `accepted` holds them for each image of the split.
+
+        An image's target becomes the most probable of its accepted classes, so that every figure counts a hit on any.
+        The loss stays that of the target before.
+        """
+        target = self.target.copy()
+        for place, (index, best) in enumerate(zip(self.index, self.best, strict=True)):
+            right = accepted[index]
+            target[place] = next((guess for guess in best if guess in right), right[0])
+        return replace(self, target=target)
+
     def worst(self, count: int) -> list[int]:
         """Places of the mistakes with the highest loss, worst first."""
         wrong = np.flatnonzero(self.best[:, 0] != self.target)
@@ -77,6 +89,7 @@ class Figures:
     calibration_error: float
     per_class: pd.DataFrame
     confusion: pd.DataFrame
+    calibration: pd.DataFrame
 
     @property
     def summary(self) -> dict[str, float | int | None]:
@@ -94,7 +107,7 @@ def compute_figures(predictions: Predictions, classes: Sequence[str]) -> Figures
     """Every figure from the predictions.
 
     Per class: images, recall (its own top-1), precision, F1. Confusion: rows true, columns predicted. Calibration
-    error: expected calibration error over 15 bins of equal width (Guo et al., 2017).
+    error: expected calibration error over 15 bins of equal width (Guo et al., 2017); `calibration` has the bins.
 
     Raises:
         ValueError: there are no predictions.
@@ -118,25 +131,38 @@ def compute_figures(predictions: Predictions, classes: Sequence[str]) -> Figures
     )
     hit = guess == predictions.target
     top5 = (predictions.best == predictions.target[:, None]).any(1).mean() if len(classes) > KEPT else None
-    confidence = predictions.probability[:, 0]
-    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = [abs((hit[bins == b] - confidence[bins == b]).sum()) for b in range(CALIBRATION_BINS)]
+    calibration = calibration_bins(predictions.probability[:, 0], hit)
+    gaps = calibration["images"] * (calibration["accuracy"] - calibration["confidence"]).abs()
     return Figures(
         images=count,
         top1=float(hit.mean()),
         top5=None if top5 is None else float(top5),
         loss=float(predictions.loss.mean()),
-        calibration_error=float(sum(gaps) / count),
+        calibration_error=float(gaps.sum() / count),
         per_class=per_class,
         confusion=pd.DataFrame(matrix, index=names, columns=classes),
+        calibration=calibration,
     )
 
 
+def calibration_bins(confidence: np.ndarray, hit: np.ndarray) -> pd.DataFrame:
+    """Bins of `confidence` of equal width: images in each, their mean confidence, and how many were right (0 to 1).
+
+    An empty bin has zeros.
+    """
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    images, sure, right = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, confidence, hit))
+    edges = np.arange(CALIBRATION_BINS) / CALIBRATION_BINS
+    filled = np.maximum(images, 1)
+    return pd.DataFrame({"from": edges, "images": images, "confidence": sure / filled, "accuracy": right / filled})
+
+
 def write_figures(figures: Figures, folder: Path) -> None:
-    """metrics.json, per_class.csv and confusion.csv in `folder`, each whole or not at all."""
+    """metrics.json, per_class.csv, confusion.csv and calibration.csv in `folder`, each whole or not at all."""
     write_text(folder / "metrics.json", json.dumps(figures.summary, indent=2) + "\n")
     write_text(folder / "per_class.csv", figures.per_class.to_csv())
     write_text(folder / "confusion.csv", figures.confusion.to_csv())
+    write_text(folder / "calibration.csv", figures.calibration.to_csv(index=False))
 
 
 def figures_table(figures: Figures, title: str, rows: int = 20) -> Table:

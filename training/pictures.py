@@ -91,6 +91,20 @@ def draw_confusion(confusion: pd.DataFrame) -> Figure:
     return figure
 
 
+def draw_calibration(bins: pd.DataFrame) -> Figure:
+    """Accuracy over confidence (a reliability diagram): bars on the diagonal are calibrated; width by images."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axis = figure.subplots()
+    step = 1 / len(bins)
+    share = bins["images"] / max(bins["images"].max(), 1)
+    axis.bar(bins["from"] + step / 2, bins["accuracy"], step * (0.25 + 0.7 * share), label="accuracy")
+    axis.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share that was right")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
 def overlay(picture: Image.Image, weights: np.ndarray, marked: Sequence[tuple[float, float]] = ()) -> Image.Image:
     """`weights` [rows, columns] as colour over `picture`; `marked` are (row, column) fractions to ring."""
     side = 160

@@ -16,7 +16,7 @@ from training.data.images import UNREADABLE
 from training.evaluation import Figures, summary_line
 from training.files import write_text
 from training.module import Classifier
-from training.pictures import draw_confusion, draw_curves, figure_uri, image_uri, read_curves
+from training.pictures import draw_calibration, draw_confusion, draw_curves, figure_uri, image_uri, read_curves
 
 THUMBNAIL = 160
 
@@ -40,6 +40,7 @@ def write_report(
         configuration=yaml.safe_dump(asdict(module.config), sort_keys=False),
         curves=figure_uri(draw_curves(curves)) if len(curves) else None,
         confusion=figure_uri(draw_confusion(figures.confusion)),
+        calibration=figure_uri(draw_calibration(figures.calibration)),
         per_class=figures.per_class.reset_index().to_dict("records"),
         mistakes=mistakes(module, data, split, config.mistakes),
         attention=attention(module, data, split, config.attention_images),
