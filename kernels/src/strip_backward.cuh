@@ -35,48 +35,55 @@ struct StripProducts {
   static constexpr int K_STEPS = Config::K_STEPS;
   static constexpr int D_TILES = Config::CHUNKS;
 
-  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand: columns `upper` and `lower` of `rows`.
-  FASTNA_DEVICE static u32 left_address(u32 ring, const uint2* row_places, Interval rows, int first_row, int upper, int lower) {
+  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand: columns `upper` and `lower` of the `rows` rows at `places`.
+  FASTNA_DEVICE static u32 left_address(u32 ring, const uint2* places, int rows, int upper, int lower) {
     const int lane = lane_index();
-    const int row = minimum(rows.begin + (lane & 7), rows.end - 1) - first_row;
     const int at = (lane & 8) == 0 ? upper : lower;
-    return (row_places[row].x + ring + at * Config::TOKEN) ^ (((lane >> 4) ^ (at & 7)) << 4);
+    return (places[minimum(lane & 7, rows - 1)].x + ring + at * Config::TOKEN) ^ (((lane >> 4) ^ (at & 7)) << 4);
   }
   FASTNA_DEVICE static void load_left(u32 (&a)[K_STEPS][4], u32 address) {
     FASTNA_UNROLL
     for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(a[k], address ^ (k << 5));
   }
 
-  // 8 tokens of one row as right operand, in order of columns or against it.
+  // 8 tokens of each of two rows as right operands, in order of columns or against it. A lane names one token to ldmatrix, in an order that
+  // leaves the two registers that a product wants side by side: `plain` for left right^T, `transposed` for p right.
   struct Right {
-    u32 base, swizzle;
-    FASTNA_DEVICE Right(u32 ring, int column, bool backwards) {
+    u32 base, plain_swizzle, transposed_swizzle;
+    const uint2 *plain_place, *transposed_place;
+
+    FASTNA_DEVICE Right(u32 ring, int column, bool backwards, const uint2* places) {
       const int lane = lane_index(), at = column + (backwards ? 7 - (lane & 7) : lane & 7);
+      const int low = (lane >> 3) & 1, high = lane >> 4;
       base = ring + at * Config::TOKEN;
-      swizzle = ((lane >> 3) ^ (at & 7)) << 4;
+      plain_swizzle = (low ^ (at & 7)) << 4;
+      transposed_swizzle = (high ^ (at & 7)) << 4;
+      plain_place = places + high;
+      transposed_place = places + low;
     }
-    FASTNA_DEVICE u32 address(u32 row_place) const { return (base + row_place) ^ swizzle; }
+    FASTNA_DEVICE u32 plain() const { return (base + plain_place->x) ^ plain_swizzle; }
+    FASTNA_DEVICE u32 transposed() const { return (base + transposed_place->x) ^ transposed_swizzle; }
+    FASTNA_DEVICE void next_rows() { plain_place += 2, transposed_place += 2; }
   };
 
-  // d += left right^T
-  FASTNA_DEVICE static void multiply_transposed(float (&d)[4], const u32 (&a)[K_STEPS][4], u32 address) {
+  // d[n] += left right[n]^T for both rows
+  FASTNA_DEVICE static void multiply_transposed(float (&d)[2][4], const u32 (&a)[K_STEPS][4], u32 plain) {
     FASTNA_UNROLL
-    for (int k = 0; k < K_STEPS; k += 2) {
+    for (int k = 0; k < K_STEPS; ++k) {
       u32 b[4];
-      load_matrix_x4(b, address ^ (k << 5));
-      mma_m16n8k16<T>(d, a[k], b[0], b[1]);
-      mma_m16n8k16<T>(d, a[k + 1], b[2], b[3]);
+      load_matrix_x4(b, plain ^ (k << 5));
+      mma_m16n8k16<T>(d[0], a[k], b[0], b[1]);
+      mma_m16n8k16<T>(d[1], a[k], b[2], b[3]);
     }
   }
   // d += p right, over the tokens of two rows
-  FASTNA_DEVICE static void multiply(float (&d)[D_TILES][4], const u32 (&p)[4], const u32 (&addresses)[2]) {
+  FASTNA_DEVICE static void multiply(float (&d)[D_TILES][4], const u32 (&p)[4], u32 transposed) {
     FASTNA_UNROLL
-    for (int c = 0; c < D_TILES; c += 4) {
-      u32 b0[4], b1[4];
-      load_matrix_x4_transposed(b0, addresses[0] ^ (c << 4));
-      load_matrix_x4_transposed(b1, addresses[1] ^ (c << 4));
-      FASTNA_UNROLL
-      for (int i = 0; i < 4; ++i) mma_m16n8k16<T>(d[c + i], p, b0[i], b1[i]);
+    for (int c = 0; c < D_TILES; c += 2) {
+      u32 b[4];
+      load_matrix_x4_transposed(b, transposed ^ (c << 4));
+      mma_m16n8k16<T>(d[c], p, b[0], b[1]);
+      mma_m16n8k16<T>(d[c + 1], p, b[2], b[3]);
     }
   }
 
@@ -168,6 +175,7 @@ struct StripBackward {
   FASTNA_DEVICE int stored_column(int column) const {
     return minimum(column - walk.stored_columns.begin, args.pitch - KEY_COLUMNS);
   }
+  FASTNA_DEVICE const uint2* places_from(int row) const { return memory.row_places() + (row - walk.first_row + 1); }
   // The lane's entry of the bias for the offsets (key - query) of its first right row and column.
   FASTNA_DEVICE const float4* bias(int row_offset, int column_offset) const {
     const int line = row_offset + Config::WINDOW_ROWS - 1 + Config::BIAS_LINES_BEFORE;
@@ -183,18 +191,20 @@ struct StripBackward {
     const int g = lane_index() >> 2, q = lane_index() & 3;
     const float scale2 = args.geometry.scale * LOG2_E;
     const int second = minimum(column + 1, walk.columns.end - 1);
-    const Interval key_rows = walk.keys_of_rows(own);
+    const Interval key_rows = Walk::whole_pairs(walk.keys_of_rows(own));
     const Interval key_columns = walk.keys_of_columns({column, second + 1});
-    const uint2* places = memory.row_places() + (key_rows.begin - walk.first_row);
+    const uint2* places = places_from(key_rows.begin);
 
     u32 query[Config::K_STEPS][4], grad[Config::K_STEPS][4];
     const int local = column - walk.stored_columns.begin, local_second = second - walk.stored_columns.begin;
-    const u32 left = Products::left_address(memory.ring(1), memory.row_places(), own, walk.first_row, local, local_second);
+    const u32 left = Products::left_address(memory.ring(1), places_from(own.begin), own.size(), local, local_second);
     Products::load_left(query, left);
     Products::load_left(grad, left ^ Config::SECOND);
     const int row = minimum(own.begin + g, own.end - 1);
-    const u32 row_place = memory.row_places()[row - walk.first_row].y;
+    const u32 row_place = places_from(row)->y;
     const float2 of0 = statistics(row_place, local), of1 = statistics(row_place, local_second);
+    const float lse0 = of0.x, lse1 = of1.x;
+    const float4 minus_delta = {-of0.y, -of0.y, -of1.y, -of1.y};
 
     StripMask mask;
     mask.rows = own.begin + g < own.end ? StripMask::row_bits(window_at(typename Walk::RowAxis{}, row, walk.place.rows), key_rows) : 0;
@@ -205,32 +215,34 @@ struct StripBackward {
       const int low = first + 2 * q;
       mask.columns[0] = StripMask::column_bits(walk.keys_of_columns({column, column + 1}), low, low + 1, start);
       mask.columns[1] = second == column ? 0 : StripMask::column_bits(walk.keys_of_columns({second, second + 1}), low, low + 1, start);
-      const typename Products::Right right(memory.ring(0), stored, false);
+      typename Products::Right right(memory.ring(0), stored, false, places);
       const float4* initial = bias(key_rows.begin - own.begin - g, low - column);
       if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(key_rows.begin - own.begin + Config::WINDOW_ROWS - 1, first - column);
       u32 visible = mask.rows;
 
-      const int last = key_rows.size() - 1;
 #pragma unroll 1
-      for (int j = 0; j <= last; j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE) {
-        // Past the last row its predecessor again: masked, but no NaN.
-        const u32 addresses[2] = {right.address(places[j].x), right.address(places[minimum(j + 1, last)].x)};
+      for (int j = 0; j < key_rows.size(); j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE, right.next_rows()) {
+        const u32 plain = right.plain();
+        float s[2][4] = {}, dp[2][4];
         u32 ds[4];
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          float s[4] = {}, dp[4] = {};
-          if constexpr (Config::HAS_RPB) start_from(s, initial[n * Config::BIAS_LINE]);
-          Products::multiply_transposed(s, query, addresses[n]);
-          Products::multiply_transposed(dp, grad, addresses[n] ^ Config::SECOND);
+          if constexpr (Config::HAS_RPB) start_from(s[n], initial[n * Config::BIAS_LINE]);
+          start_from(dp[n], minus_delta);
+        }
+        Products::multiply_transposed(s, query, plain);
+        Products::multiply_transposed(dp, grad, plain ^ Config::SECOND);
+        FASTNA_UNROLL
+        for (int n = 0; n < 2; ++n) {
           const u32 rows = StripMask::row(visible, n);
           // Masked as bits: a score outside the window may overflow, and infinity times anything is not zero.
-          ds[2 * n] = pack2<T>(exp2_approx(s[0] * scale2 - of0.x) * (dp[0] - of0.y), exp2_approx(s[1] * scale2 - of0.x) * (dp[1] - of0.y)) &
+          ds[2 * n] = pack2<T>(exp2_approx(s[n][0] * scale2 - lse0) * dp[n][0], exp2_approx(s[n][1] * scale2 - lse0) * dp[n][1]) &
                       mask.columns[0] & rows;
-          ds[2 * n + 1] = pack2<T>(exp2_approx(s[2] * scale2 - of1.x) * (dp[2] - of1.y), exp2_approx(s[3] * scale2 - of1.x) * (dp[3] - of1.y)) &
+          ds[2 * n + 1] = pack2<T>(exp2_approx(s[n][2] * scale2 - lse1) * dp[n][2], exp2_approx(s[n][3] * scale2 - lse1) * dp[n][3]) &
                           mask.columns[1] & rows;
         }
         if constexpr (Config::RPB_GRADIENT) bias_gradient.add(ds, j);
-        Products::multiply(dq, ds, addresses);
+        Products::multiply(dq, ds, right.transposed());
       }
     }
     Products::store(dq, args.geometry.scale, memory.view(GRAD_QUERY), own, column, column + 1, walk.columns.end);
@@ -243,13 +255,13 @@ struct StripBackward {
     const int g = lane_index() >> 2, q = lane_index() & 3;
     const float scale2 = args.geometry.scale * LOG2_E;
     const int second = minimum(column + 1, walk.columns.end - 1);
-    const Interval query_rows = walk.queries_of_rows(own);
+    const Interval query_rows = Walk::whole_pairs(walk.queries_of_rows(own));
     const Interval query_columns = walk.queries_of_columns({column, second + 1});
-    const uint2* places = memory.row_places() + (query_rows.begin - walk.first_row);
+    const uint2* places = places_from(query_rows.begin);
 
     u32 key[Config::K_STEPS][4], value[Config::K_STEPS][4];
     const int local = column - walk.stored_columns.begin, local_second = second - walk.stored_columns.begin;
-    const u32 left = Products::left_address(memory.ring(0), memory.row_places(), own, walk.first_row, local_second, local);
+    const u32 left = Products::left_address(memory.ring(0), places_from(own.begin), own.size(), local_second, local);
     Products::load_left(key, left);
     Products::load_left(value, left ^ Config::SECOND);
 
@@ -263,34 +275,36 @@ struct StripBackward {
       const int low = first + 7 - 2 * q, local_low = stored + 7 - 2 * q;
       mask.columns[0] = StripMask::column_bits(walk.queries_of_columns({second, second + 1}), low, low - 1, start);
       mask.columns[1] = StripMask::column_bits(walk.queries_of_columns({column, column + 1}), low, low - 1, start);
-      const typename Products::Right right(memory.ring(1), stored, true);
+      typename Products::Right right(memory.ring(1), stored, true, places);
       const float4* initial = bias(own.begin + g - query_rows.begin, column + 1 - low);
+      const uint2* place = places;
       u32 visible = mask.rows;
 
-      const int last = query_rows.size() - 1;
 #pragma unroll 1
-      for (int i = 0; i <= last; i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE) {
-        const uint2 place[2] = {places[i], places[minimum(i + 1, last)]};
-        const u32 addresses[2] = {right.address(place[0].x), right.address(place[1].x)};
+      for (int i = 0; i < query_rows.size(); i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE, place += 2, right.next_rows()) {
+        const u32 plain = right.plain();
+        float s[2][4] = {}, dp[2][4] = {};
         u32 p[4], ds[4];
+        if constexpr (Config::HAS_RPB) {
+          FASTNA_UNROLL
+          for (int n = 0; n < 2; ++n) start_from(s[n], initial[-n * Config::BIAS_LINE]);
+        }
+        Products::multiply_transposed(s, key, plain);
+        Products::multiply_transposed(dp, value, plain ^ Config::SECOND);
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          float s[4] = {}, dp[4] = {};
-          if constexpr (Config::HAS_RPB) start_from(s, initial[-n * Config::BIAS_LINE]);
-          Products::multiply_transposed(s, key, addresses[n]);
-          Products::multiply_transposed(dp, value, addresses[n] ^ Config::SECOND);
           const float2 of0 = statistics(place[n].y, local_low), of1 = statistics(place[n].y, local_low - 1);
-          const float p0 = exp2_approx(s[0] * scale2 - of0.x), p1 = exp2_approx(s[1] * scale2 - of1.x);
-          const float p2 = exp2_approx(s[2] * scale2 - of0.x), p3 = exp2_approx(s[3] * scale2 - of1.x);
+          const float p0 = exp2_approx(s[n][0] * scale2 - of0.x), p1 = exp2_approx(s[n][1] * scale2 - of1.x);
+          const float p2 = exp2_approx(s[n][2] * scale2 - of0.x), p3 = exp2_approx(s[n][3] * scale2 - of1.x);
           const u32 rows = StripMask::row(visible, n);
           p[2 * n] = pack2<T>(p0, p1) & mask.columns[0] & rows;
           p[2 * n + 1] = pack2<T>(p2, p3) & mask.columns[1] & rows;
-          ds[2 * n] = pack2<T>(p0 * (dp[0] - of0.y), p1 * (dp[1] - of1.y)) & mask.columns[0] & rows;
-          ds[2 * n + 1] = pack2<T>(p2 * (dp[2] - of0.y), p3 * (dp[3] - of1.y)) & mask.columns[1] & rows;
+          ds[2 * n] = pack2<T>(p0 * (dp[n][0] - of0.y), p1 * (dp[n][1] - of1.y)) & mask.columns[0] & rows;
+          ds[2 * n + 1] = pack2<T>(p2 * (dp[n][2] - of0.y), p3 * (dp[n][3] - of1.y)) & mask.columns[1] & rows;
         }
-        Products::multiply(dk, ds, addresses);
-        const u32 second_addresses[2] = {addresses[0] ^ Config::SECOND, addresses[1] ^ Config::SECOND};
-        Products::multiply(dv, p, second_addresses);
+        const u32 transposed = right.transposed();
+        Products::multiply(dk, ds, transposed);
+        Products::multiply(dv, p, transposed ^ Config::SECOND);
       }
     }
     Products::store(dk, args.geometry.scale, memory.view(GRAD_KEY), own, column + 1, column, walk.columns.end);
@@ -324,6 +338,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
 
   loader.fill_views();
   loader.fill_row_places();
+  loader.clear_rings();
   if constexpr (Config::HAS_RPB) loader.fill_bias();
   if constexpr (Config::RPB_GRADIENT) {
 #pragma unroll 1
@@ -331,10 +346,10 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   }
 
   int item = warp_index();
-  // Whether the ring has room for the rows of the step from `row` and of the next, which then come in while this one's are used.
+  // Whether the ring has room for the rows of the step from `row`, one before them (see whole_pairs) and those of the next, which then come in while this one's are used.
   const auto has_room = [&](int row) {
     const Interval next = walk.step(row + args.step_rows, args.step_rows);
-    return next.size() > 0 && walk.needed_rows(next).end - walk.needed_rows(walk.step(row, args.step_rows)).begin <= args.ring_rows;
+    return next.size() > 0 && walk.needed_rows(next).end - walk.needed_rows(walk.step(row, args.step_rows)).begin < args.ring_rows;
   };
   // Only the row and the item stay alive from step to step: the rest is worked out again where it is wanted.
   for (int row = walk.rows.begin; row < walk.rows.end; row += args.step_rows) {

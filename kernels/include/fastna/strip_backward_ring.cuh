@@ -27,7 +27,7 @@ struct StripBackwardArguments {
   int step_rows, chunk_rows, chunks;  // rows of a step (at most 8); rows that a block walks; blocks per column tile
   int tile_columns, tiles;
   int ring_rows, pitch;  // what a ring holds: rows, and columns of each
-  int walk_rows;         // most rows that a walk meets, its halo included; even
+  int walk_rows;         // most rows that a walk meets, its halo and one more included; even
 };
 
 template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int WARPS_, bool HAS_RPB_, bool RPB_GRADIENT_>
@@ -83,7 +83,7 @@ struct StripBackwardMemory {
   FASTNA_DEVICE float* bias_gradient() const {
     return reinterpret_cast<float*>(bias() + (Config::HAS_RPB ? Config::BIAS_LINES * Config::BIAS_LINE : 0));
   }
-  // Per row of the walk: its offset in a ring with the swizzle in bits 4 to 6, and that of its statistics.
+  // Per row of the walk, from the one before the first: its offset in a ring with the swizzle in bits 4 to 6, and that of its statistics.
   FASTNA_DEVICE uint2* row_places() const {
     return reinterpret_cast<uint2*>(bias_gradient() + (Config::RPB_GRADIENT ? round_up(Config::WARPS * Config::OFFSETS, 4) : 0));
   }
@@ -130,6 +130,9 @@ struct StripBackwardWalk {
   FASTNA_DEVICE Interval queries_of_columns(Interval own) const {
     return {queries_at(ColumnAxis{}, own.begin, place.columns).begin, queries_at(ColumnAxis{}, own.end - 1, place.columns).end};
   }
+  // The same rows and, where their number is odd, the one before: products take rows in twos. In that row's place in a ring is
+  // whatever was there last, and nothing is on its way to it.
+  FASTNA_DEVICE static Interval whole_pairs(Interval rows) { return {rows.begin - (rows.size() & 1), rows.end}; }
   FASTNA_DEVICE Interval step(int row, int step_rows) const { return {row, minimum(row + step_rows, rows.end)}; }
 };
 
@@ -154,9 +157,9 @@ struct StripBackwardLoader {
   }
 
   FASTNA_DEVICE void fill_row_places() const {
-    const int count = walk.needed_rows({walk.rows.end - 1, walk.rows.end}).end - walk.first_row;
+    const int count = walk.needed_rows({walk.rows.end - 1, walk.rows.end}).end - walk.first_row + 1;
     for (int i = thread_index(); i < count; i += Config::WARPS * WARP) {
-      const u32 slot = (walk.first_row + i) % args.ring_rows;
+      const u32 slot = (walk.first_row - 1 + i + args.ring_rows) % args.ring_rows;
       memory.row_places()[i] = {slot * args.pitch * Config::TOKEN + (slot & 7) * 16, slot * args.pitch * 8};
     }
   }
@@ -177,23 +180,36 @@ struct StripBackwardLoader {
     }
   }
 
-  // Issues the copies of some rows, a warp a row. Columns past the stored ones become zero: what a mask will suppress must not be
-  // NaN, since 0 x NaN is NaN.
+  // What is multiplied but no copy ever fills becomes zero: what a mask will suppress must not be NaN, since 0 x NaN is NaN.
+  FASTNA_DEVICE void clear_rings() const {
+    const int size = 2 * memory.ring_bytes / 16;
+#pragma unroll 1
+    for (int i = thread_index(); i < size; i += Config::WARPS * WARP) reinterpret_cast<uint4*>(memory.start)[i] = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int i = thread_index(); i < memory.tokens; i += Config::WARPS * WARP) memory.statistics()[i] = {0.0f, 0.0f};
+  }
+
+  // Issues the copies of some rows, a warp a row: a lane takes the same chunk of every STEP-th token.
   FASTNA_DEVICE void issue(Interval rows) const {
+    constexpr int STEP = WARP / Config::CHUNKS;
+    static_assert(STEP == 8 || STEP == 4, "the swizzle follows from one token to the next by at most one flipped bit");
     const MapView<T> key = memory.view(KEY), value = memory.view(VALUE), query = memory.view(QUERY), grad = memory.view(GRAD_OUTPUT);
+    const int chunk = lane_index() % Config::CHUNKS, first = lane_index() / Config::CHUNKS;
+    const int column = walk.stored_columns.begin + first;
     for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
       const u32 slot = row % args.ring_rows;
-      const u32 base = memory.ring(0) + slot * args.pitch * Config::TOKEN;
+      u32 at = memory.ring(0) + (slot * args.pitch + first) * Config::TOKEN + ((chunk ^ ((first ^ slot) & 7)) << 4);
+      const T *from_key = key.at(row, column) + chunk * 8, *from_value = value.at(row, column) + chunk * 8;
+      const T *from_query = query.at(row, column) + chunk * 8, *from_grad = grad.at(row, column) + chunk * 8;
 #pragma unroll 1
-      for (int i = lane_index(); i < args.pitch * Config::CHUNKS; i += WARP) {
-        const int column = i / Config::CHUNKS, chunk = i % Config::CHUNKS;
-        const int at = walk.stored_columns.begin + column;
-        const bool valid = at < walk.stored_columns.end;
-        const u32 first = base + column * Config::TOKEN + ((chunk ^ ((column ^ slot) & 7)) << 4);
-        copy_async<16>(first, key.at(row, at) + chunk * 8, valid);
-        copy_async<16>(first ^ Config::SECOND, value.at(row, at) + chunk * 8, valid);
-        copy_async<16>(first + memory.ring_bytes, query.at(row, at) + chunk * 8, valid);
-        copy_async<16>((first ^ Config::SECOND) + memory.ring_bytes, grad.at(row, at) + chunk * 8, valid);
+      for (int left = walk.stored_columns.size() - first; left > 0; left -= STEP) {
+        copy_async<16>(at, from_key, true);
+        copy_async<16>(at ^ Config::SECOND, from_value, true);
+        copy_async<16>(at + memory.ring_bytes, from_query, true);
+        copy_async<16>((at ^ Config::SECOND) + memory.ring_bytes, from_grad, true);
+        at = (at + STEP * Config::TOKEN) ^ (STEP & 4) << 4;
+        from_key += STEP * key.column, from_value += STEP * value.column;
+        from_query += STEP * query.column, from_grad += STEP * grad.column;
       }
     }
     commit_copies();
