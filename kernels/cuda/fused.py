@@ -3,7 +3,7 @@
 Families, in order; each may serve the forward pass, the backward pass, or both:
   block    dense dilation groups of few tokens: one fixed bias, no mask
   strip    small sliding 2-D windows
-  hopper   large windows on devices of compute capability 9.0
+  hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients)
   flash    everything
 """
 
@@ -16,12 +16,12 @@ from types import ModuleType
 from torch import Tensor
 
 from kernels.backend import Gradients, Operands
-from kernels.cuda import block, flash, hopper, runtime, strip, strip_backward
+from kernels.cuda import block, flash, hopper, hopper_backward, runtime, strip, strip_backward
 from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
 FORWARD: tuple[ModuleType, ...] = (block, strip, hopper, flash)
-BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, flash)
+BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, hopper_backward, flash)
 
 
 class Fused:
@@ -48,8 +48,11 @@ class Fused:
         grad_lse: Tensor | None,
         needs_rpb_grad: bool,
     ) -> Gradients:
-        family = backward_families(problem)[0]
-        return family.backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
+        for family in backward_families(problem):
+            why_not_gradient = getattr(family, "why_not_gradient", None)
+            if why_not_gradient is None or why_not_gradient(operands, grad_output) is None:
+                return family.backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
+        raise AssertionError("flash takes any strides")
 
 
 def _takes(family: ModuleType, problem: Problem, operands: Operands) -> bool:

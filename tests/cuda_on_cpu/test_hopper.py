@@ -8,13 +8,14 @@ from pathlib import Path
 import emulator as emulation
 import pytest
 import torch
-from emulator import EmulationError, EmulatorRuntime
+from emulator import EmulationError, EmulatorRuntime, guarded
 from test_flash import TOLERANCE, close, make_operands, make_problem
 from test_mutations import source_of
 from torch import Tensor
 
-from kernels.backend import Operands
-from kernels.cuda import hopper, hopper_tiles
+from kernels import neighborhood_attention
+from kernels.backend import Gradients, Operands
+from kernels.cuda import hopper, hopper_backward, hopper_tiles
 from kernels.cuda.hopper_tiles import Tiles
 from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis, Problem
@@ -25,10 +26,14 @@ from kernels.reference import Reference
 def _any_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_tiles, "SMALLEST_WINDOW", 1)
     hopper._plan.cache_clear()
+    hopper_backward._plan.cache_clear()
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
-    monkeypatch.setattr(hopper, "choose_tiles", lambda *_: tiles)
+    """Instead of those of the fewest pairs, forward and backward."""
+    for module in (hopper, hopper_backward):
+        monkeypatch.setattr(module, "choose_tiles", lambda *_, **__: tiles)
+        module._plan.cache_clear()
 
 
 def doubles(operands: Operands) -> Operands:
@@ -44,6 +49,25 @@ def check_forward(problem: Problem, *, packed: bool = False) -> tuple[Tensor, Te
     close("output", output, expected, TOLERANCE[problem.dtype])
     close("lse", lse, expected_lse, TOLERANCE[problem.dtype])
     return output, lse
+
+
+def check_backward(problem: Problem, *, packed: bool = False) -> Gradients:
+    """All gradients, that through lse included."""
+    operands = make_operands(problem, packed=packed)
+    assert hopper_backward.why_not(problem) is None
+    exact, exact_operands = dataclasses.replace(problem, dtype=torch.float64), doubles(operands)
+    output, lse = Reference().forward(exact, exact_operands)
+    grad_output = guarded(torch.randn(output.shape).to(problem.dtype))
+    grad_lse = guarded(torch.randn(lse.shape))
+    assert hopper_backward.why_not_gradient(operands, grad_output) is None
+    wanted = Reference().backward(
+        exact, exact_operands, output, lse, grad_output.double(), grad_lse.double(), needs_rpb_grad=False
+    )
+    rounded = guarded(output.to(problem.dtype)), guarded(lse.float())
+    gradients = hopper_backward.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad=False)
+    for name in ("query", "key", "value"):
+        close(f"gradient of {name}", getattr(gradients, name), getattr(wanted, name), 2 * TOLERANCE[problem.dtype])
+    return gradients
 
 
 WINDOWS = [
@@ -63,22 +87,32 @@ WINDOWS = [
 
 @pytest.mark.parametrize("axes", WINDOWS, ids=str)
 def test_every_kind_of_window(emulator: EmulatorRuntime, axes: tuple[Axis, ...]) -> None:
-    check_forward(make_problem(*axes, head_dim=64))
+    problem = make_problem(*axes, head_dim=64)
+    check_forward(problem)
+    check_backward(problem)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 96, 128, 192, 256])
 def test_head_dims(emulator: EmulatorRuntime, head_dim: int) -> None:
     dtype = torch.bfloat16 if head_dim % 64 else torch.float16
-    check_forward(make_problem(Axis(14, 9), Axis(19, 11), head_dim=head_dim, dtype=dtype))
+    problem = make_problem(Axis(14, 9), Axis(19, 11), head_dim=head_dim, dtype=dtype)
+    check_forward(problem)
+    if head_dim <= hopper_backward.MAX_HEAD_DIM:
+        check_backward(problem)
+    else:
+        assert str(head_dim) in (hopper_backward.why_not(problem) or "")
 
 
 def test_batches_and_shared_heads(emulator: EmulatorRuntime) -> None:
     problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=4, key_heads=2, head_dim=32, dtype=torch.bfloat16)
     check_forward(problem)
+    check_backward(problem)
 
 
 def test_packed_qkv_is_read_in_place(emulator: EmulatorRuntime) -> None:
-    check_forward(make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=3, head_dim=64), packed=True)
+    problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=3, head_dim=64)
+    check_forward(problem, packed=True)
+    check_backward(problem, packed=True)
 
 
 SKIPPING = (Axis(420, 40),)
@@ -92,19 +126,44 @@ def test_boxes_that_a_warpgroup_skips(
 ) -> None:
     use_tiles(monkeypatch, Tiles((1, 1, 64), (1, 1, warpgroups), (1, 1, 16), stages))
     check_forward(make_problem(*SKIPPING, head_dim=16))
+    if stages > 1:  # a box is held until the next one's scores are computed
+        check_backward(make_problem(*SKIPPING, head_dim=16))
 
 
 @pytest.mark.parametrize("seed", range(2, 8))
 def test_any_order_of_events(seed: int) -> None:
     with use_runtime("cpu", EmulatorRuntime(seed)):
-        check_forward(make_problem(Axis(20, 12), Axis(24, 13), head_dim=64))
+        problem = make_problem(Axis(20, 12), Axis(24, 13), head_dim=64)
+        check_forward(problem)
+        check_backward(problem)
 
 
 def test_the_same_bits_in_any_order(emulator: EmulatorRuntime) -> None:
-    problem = make_problem(Axis(20, 12), Axis(24, 13), head_dim=32)
-    first = check_forward(problem)
-    for one, two in zip(first, check_forward(problem), strict=True):
+    problem = make_problem(Axis(20, 12), Axis(24, 13), heads=2, key_heads=1, head_dim=32)
+    (first, first_gradients), (second, second_gradients) = (
+        (check_forward(problem), check_backward(problem)) for _ in range(2)
+    )
+    for name in ("query", "key", "value"):
+        assert torch.equal(getattr(first_gradients, name), getattr(second_gradients, name))
+    for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_the_fused_backend_takes_it(emulator: EmulatorRuntime, expanded: bool) -> None:
+    """Through the public operator. A gradient that tensor copies cannot read goes to the next family."""
+    torch.manual_seed(0)
+    operands = [torch.randn(1, 300, 2, 32).half().requires_grad_() for _ in range(3)]
+    output = neighborhood_attention(*operands, 140, backend="fused")
+    grad_output = torch.randn(1, 1, 1, 32).half().expand(output.shape) if expanded else torch.randn(output.shape).half()
+    gradients = torch.autograd.grad(output, operands, grad_output)
+    used = {source.function for source in emulator.kernels}
+    assert "hopper_forward" in used
+    assert ("hopper_gradient" in used) is not expanded
+    exact = [t.detach().double().requires_grad_() for t in operands]
+    expected = neighborhood_attention(*exact, 140, backend="reference")
+    for actual, wanted in zip(gradients, torch.autograd.grad(expected, exact, grad_output.double()), strict=True):
+        close("gradient", actual, wanted, 2 * TOLERANCE[torch.float16])
 
 
 KEY_WAIT = "      barrier_wait(shared.key_full[stage(step)], parity(step));\n      const"

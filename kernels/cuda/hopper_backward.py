@@ -1,0 +1,206 @@
+"""`hopper_backward`: gradients for large windows on sm_90a, the same bits every time. See src/hopper_gradient.cuh.
+
+Three launches: what every query needs besides its vectors (hopper_statistics.cuh), the gradient of the queries, and
+the gradients of keys and values.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Gradients, Operands
+from kernels.cuda import arguments, hopper_tiles, runtime
+from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct
+from kernels.cuda.hopper_tiles import TENSOR_MAP, Tiles, choose_tiles, map_tensor
+from kernels.cuda.jit import KernelSource, instantiate
+from kernels.problem import Problem
+
+HOPPER_STATISTICS = Struct(
+    "HopperStatisticsArguments",
+    header="src/hopper_statistics.cuh",
+    geometry=GEOMETRY,
+    output=TENSOR,
+    grad_output=TENSOR,
+    lse=POINTER,
+    grad_lse=POINTER,
+    statistics=POINTER,
+    blocks=INT,
+)
+_set_statistics = HOPPER_STATISTICS.pointers("output.data", "grad_output.data", "lse", "grad_lse", "statistics")
+HOPPER_GRADIENT = Struct(
+    "HopperGradientArguments",
+    header="src/hopper_gradient.cuh",
+    first_rows=TENSOR_MAP,
+    second_rows=TENSOR_MAP,
+    first_columns=TENSOR_MAP,
+    second_columns=TENSOR_MAP,
+    column_statistics=TENSOR_MAP,
+    row_statistics=POINTER,
+    grad_first=TENSOR,
+    grad_second=TENSOR,
+    geometry=GEOMETRY,
+    tiles=INT.array(MAX_RANK),
+)
+_set_gradient = HOPPER_GRADIENT.pointers("row_statistics", "grad_first.data", "grad_second.data")
+
+ARCHITECTURES = ("sm_90a",)
+MAX_HEAD_DIM = 128  # the gradients of 64 keys and values fill the registers of a warpgroup
+STATISTICS = 4  # floats per query
+_STATISTICS_THREADS = 256
+
+
+def most_columns(head_dim: int, keys: bool) -> tuple[int, int]:
+    """Warpgroups of a block, and the largest box of columns that fits registers, where rows are queries or keys.
+
+    A thread holds, of its 64 rows, one or two gradients (head_dim / 2 registers each), and of a box its scores, their
+    slopes (columns / 2 each), and what is multiplied in a second product (columns / 4 each).
+    """
+    if keys:
+        return 2, 112 if head_dim <= 32 else 96 if head_dim <= 64 else 64 if head_dim <= 96 else 48
+    return 2, 128 if head_dim <= 64 else 112 if head_dim <= 96 else 96
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this family does not serve the backward pass, in one sentence; None where it does."""
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"it takes a head_dim up to {MAX_HEAD_DIM} in the backward pass, not {problem.head_dim}"
+    return hopper_tiles.why_not(problem)
+
+
+def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
+    """Why tensor copies cannot read these tensors, in a few words; None where they can."""
+    named = (
+        ("query", operands.query),
+        ("key", operands.key),
+        ("value", operands.value),
+        ("grad_output", grad_output),
+    )
+    return next((reason for name, tensor in named if (reason := hopper_tiles.why_not_tensor(name, tensor))), None)
+
+
+def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, keys: bool) -> KernelSource:
+    return KernelSource(
+        "src/hopper_gradient.cuh",
+        "hopper_gradient",
+        f"HopperGradientConfig<{tiles.config(dtype, head_dim, inverse=keys)}, {tiles.registers}>",
+        "HopperGradientArguments",
+        tiles.threads,
+        tiles.resident,
+    )
+
+
+def _statistics_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
+    return KernelSource(
+        "src/hopper_statistics.cuh",
+        "hopper_statistics",
+        instantiate("HopperStatisticsConfig", dtype, head_dim, _STATISTICS_THREADS),
+        "HopperStatisticsArguments",
+        _STATISTICS_THREADS,
+    )
+
+
+def _shared_bytes(tiles: Tiles, head_dim: int, keys: bool) -> int:
+    second_stages = tiles.stages if keys else min(tiles.stages, 2)
+    stages = tiles.stages + second_stages
+    columns = math.prod(tiles.columns)
+    statistics = 4 * STATISTICS * (tiles.stages * columns if keys else 1)
+    barriers = 8 * (1 + 2 * stages)
+    used = 2 * tiles.rows_bytes(head_dim) + stages * tiles.box_bytes(head_dim) + statistics + barriers
+    return -(-(used + tiles.windows_bytes) // 16) * 16
+
+
+@functools.lru_cache(maxsize=1024)
+def _statistics_plan(
+    problem: Problem, output: tuple[int, ...], grad_output: tuple[int, ...]
+) -> tuple[KernelSource, int, bytes]:
+    lanes = next(lanes for lanes in (2, 4, 8, 16, 32) if 8 * lanes >= problem.head_dim)
+    blocks = -(-problem.tokens * problem.heads * lanes // _STATISTICS_THREADS)
+    packed = HOPPER_STATISTICS.pack(
+        geometry=arguments.pack_geometry(problem),
+        output=arguments.pack_tensor(output, problem.rank),
+        grad_output=arguments.pack_tensor(grad_output, problem.rank),
+        blocks=blocks,
+    )
+    return _statistics_source(problem.dtype, problem.head_dim), problem.batch * blocks, packed
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(problem: Problem, keys: bool, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
+    axes = arguments.padded_axes(problem)
+    tiles = choose_tiles(axes, *most_columns(problem.head_dim, keys), stages=3, inverse=keys)
+    counts = tiles.counts(axes)
+    heads = problem.key_heads if keys else problem.heads
+    grad = arguments.pack_tensor(grad_strides, problem.rank)
+    packed = HOPPER_GRADIENT.pack(
+        first_rows=b"",
+        second_rows=b"",
+        first_columns=b"",
+        second_columns=b"",
+        column_statistics=b"",
+        grad_first=grad,
+        grad_second=grad,
+        geometry=arguments.pack_geometry(problem),
+        tiles=counts,
+    )
+    grid = math.prod(counts) * math.prod(problem.dilation) * heads * problem.batch
+    source = _source(tiles, problem.dtype, problem.head_dim, keys)
+    return source, grid, _shared_bytes(tiles, problem.head_dim, keys), packed, tiles
+
+
+def _launch(
+    problem: Problem, keys: bool, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], statistics: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `rows`: of queries alone, or of keys and values."""
+    grads = [row.new_empty(row.shape) for row in (rows if keys else rows[:1])]
+    source, grid, shared_bytes, packed, tiles = _plan(problem, keys, grads[0].stride())
+    tensors = ((rows[0], tiles.rows), (rows[1], tiles.rows), (columns[0], tiles.columns), (columns[1], tiles.columns))
+    maps = b"".join(map_tensor(tensor, box, problem.dilation) for tensor, box in tensors)
+    if keys:
+        maps += map_tensor(statistics, tiles.columns, problem.dilation)
+    packed = maps + packed[len(maps) :]
+    second = grads[1].data_ptr() if keys else 0
+    packed = _set_gradient(packed, statistics.data_ptr(), grads[0].data_ptr(), second)
+    runtime.kernel(source, problem.device).launch(grid, shared_bytes, packed)
+    return grads[0], grads[1] if keys else None
+
+
+def backward(
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> Gradients:
+    """Gradients of the operands of a problem and tensors that `why_not` and `why_not_gradient` accept."""
+    output, lse = output.contiguous(), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    statistics = lse.new_empty((*lse.shape, STATISTICS), dtype=torch.float32)
+    source, grid, packed = _statistics_plan(problem, output.stride(), grad_output.stride())
+    addresses = [0 if t is None else t.data_ptr() for t in (output, grad_output, lse, grad_lse, statistics)]
+    runtime.kernel(source, problem.device).launch(grid, 0, _set_statistics(packed, *addresses))
+
+    of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
+    grad_query, _ = _launch(problem, False, of_queries, of_keys, statistics)
+    grad_key, grad_value = _launch(problem, True, of_keys, of_queries, statistics)
+    assert grad_value is not None
+    return Gradients(grad_query, grad_key, grad_value, None)
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """One configuration per rank and class of head_dim, for the compile check; sm_90a only."""
+    for dtype in (torch.float16, torch.bfloat16):
+        yield _statistics_source(dtype, 128)
+        for head_dim in (32, 64, 96, 128):
+            for keys in (False, True):
+                groups, columns = most_columns(head_dim, keys)
+                yield _source(Tiles((1, 8, 8), (1, 1, groups), (1, columns // 8, 8), 3), dtype, head_dim, keys)
+        for rows, columns in (((1, 1, 64), (1, 1, 48)), ((8, 8, 1), (6, 1, 8))):
+            for keys in (False, True):
+                yield _source(Tiles(rows, (1, 1, 2), columns, 3), dtype, 128, keys)

@@ -1,0 +1,301 @@
+// Gradients of neighborhood attention for large windows on Hopper (sm_90a): tensor copies, wgmma, specialised warps.
+//
+//   p = exp(s - lse)    ds = p * (dp - delta)    grad_query = scale * ds key
+//   dp = grad_output value^T                     grad_key = scale * ds^T query    grad_value = p^T grad_output
+//
+// One kernel, two ways. Rows are queries: a row's two vectors are query and grad_output, key and value stream past, and one gradient
+// is summed up. Rows are keys: theirs are key and value, query and grad_output of all heads that share them stream past, and two
+// gradients are summed up. Nothing is added by more than one block, so the result is the same bits every time.
+//
+// Weights and their gradients go to the second products in registers: an accumulator of s^T or ds^T is laid out as the operand wants it.
+#pragma once
+
+#include "fastna/hopper_tiles.cuh"
+#include "fastna/wgmma.cuh"
+
+namespace fastna {
+
+struct HopperGradientArguments {
+  TensorMap first_rows, second_rows, first_columns, second_columns;
+  TensorMap column_statistics;     // rows are keys: of the queries
+  const float4* row_statistics;    // rows are queries: [batch, *space, heads] of {lse * log2(e), delta, 0, 0}
+  TensorArguments grad_first, grad_second;  // grad_query; or grad_key and grad_value
+  Geometry geometry;
+  int tiles[3];  // blocks along each axis of the longest dilation group
+};
+
+template <class Tiles_, int REGISTERS>
+struct HopperGradientConfig {
+  using Tiles = Tiles_;
+  static constexpr int CONSUMER_REGISTERS = REGISTERS;
+  static constexpr bool KEYS = Tiles::INVERSE;  // rows are keys
+};
+
+template <class Config>
+struct HopperGradient {
+  using Tiles = typename Config::Tiles;
+  using T = typename Tiles::Element;
+  using Place = HopperPlace<Tiles>;
+  using Walk = typename Place::Walk;
+  static constexpr bool KEYS = Config::KEYS;
+  static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, GROUPS = Tiles::WARPGROUPS;
+  // A box is held until the next one's scores are computed, save for the second half where rows are queries.
+  static constexpr int STAGES = Tiles::STAGES, SECOND_STAGES = KEYS ? STAGES : minimum(STAGES, 2);
+  static_assert(STAGES >= 2, "two boxes are in use at once");
+  static constexpr int ROW = Tiles::ROW_BYTES, SLICE = Tiles::SLICE;
+
+  struct Shared {
+    u8 first_rows[GROUPS][Tiles::ROWS_BYTES], second_rows[GROUPS][Tiles::ROWS_BYTES];
+    u8 first[STAGES][Tiles::BOX_BYTES], second[SECOND_STAGES][Tiles::BOX_BYTES];
+    float4 statistics[KEYS ? STAGES : 1][KEYS ? N : 1];  // come and go with `second`
+    MemoryBarrier rows_full, first_full[STAGES], first_empty[STAGES], second_full[SECOND_STAGES], second_empty[SECOND_STAGES];
+    typename Place::Windows windows[GROUPS];
+  };
+
+  const HopperGradientArguments& args;
+  Shared& shared;
+  const Place& place;
+  const int shared_heads;  // rows are keys: query heads that share them
+
+  FASTNA_DEVICE HopperGradient(const HopperGradientArguments& args_, Shared& shared_, const Place& place_)
+      : args(args_), shared(shared_), place(place_), shared_heads(KEYS ? args_.geometry.heads / args_.geometry.key_heads : 1) {}
+
+  FASTNA_DEVICE int steps() const { return place.steps() * shared_heads; }
+  static FASTNA_DEVICE int first_stage(int step) { return step % STAGES; }
+  static FASTNA_DEVICE u32 first_parity(int step) { return step / STAGES & 1; }
+  static FASTNA_DEVICE int second_stage(int step) { return step % SECOND_STAGES; }
+  static FASTNA_DEVICE u32 second_parity(int step) { return step / SECOND_STAGES & 1; }
+
+  // One thread: the rows once, then every box of columns as its stage falls free.
+  FASTNA_DEVICE void produce() {
+    barrier_expect(shared.rows_full, 2 * GROUPS * Tiles::ROWS_BYTES);
+    FASTNA_UNROLL
+    for (int w = 0; w < GROUPS; ++w) {
+      int first[3];
+      place.own_origin(w, first);
+      place.copy_slices(shared.first_rows[w], 64, args.first_rows, shared.rows_full, place.head * D, first);
+      place.copy_slices(shared.second_rows[w], 64, args.second_rows, shared.rows_full, place.head * D, first);
+    }
+    const int first_head = KEYS ? place.head * shared_heads : place.head / (args.geometry.heads / args.geometry.key_heads);
+    Walk walk{0, {0, 0, 0}, 0};
+    for (const int count = steps(); walk.step < count; place.advance(walk)) {
+      const int f = first_stage(walk.step), s = second_stage(walk.step), head = first_head + walk.head;
+      const int at[3] = {place.box_begin(walk, 0), place.box_begin(walk, 1), place.box_begin(walk, 2)};
+      barrier_wait(shared.first_empty[f], first_parity(walk.step) ^ 1);
+      barrier_expect(shared.first_full[f], Tiles::BOX_BYTES);
+      place.copy_slices(shared.first[f], N, args.first_columns, shared.first_full[f], head * D, at);
+      barrier_wait(shared.second_empty[s], second_parity(walk.step) ^ 1);
+      barrier_expect(shared.second_full[s], Tiles::BOX_BYTES + (KEYS ? N * sizeof(float4) : 0));
+      place.copy_slices(shared.second[s], N, args.second_columns, shared.second_full[s], head * D, at);
+      if constexpr (KEYS)
+        copy_box(shared.statistics[s], args.column_statistics, shared.second_full[s], head * 4, place.token(2, at[2]), place.token(1, at[1]),
+                 place.token(0, at[0]), place.batch);
+    }
+  }
+
+  // 128 threads: the gradients of 64 rows over the boxes they need.
+  FASTNA_DEVICE void consume(int w) {
+    const int thread = thread_index() & 127, lane = lane_index(), quad = lane & 3;
+    const int row = thread / 32 * 16 + lane / 4;  // and row + 8
+    int own[3];
+    place.own_origin(w, own);
+    const HopperSight<Tiles> sight(place, own, thread, shared.windows[w]);
+    float2 statistics[2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};  // of the rows, where they are queries
+    if constexpr (!KEYS) {
+      FASTNA_UNROLL
+      for (int half_ = 0; half_ < 2; ++half_) {
+        int at[3];
+        if (place.locate(own, row + 8 * half_, at)) {
+          const float4 both = load_readonly(args.row_statistics + token_index(at) * args.geometry.heads + place.head);
+          statistics[half_] = {both.x, both.y};
+        }
+      }
+    }
+    named_barrier(1 + w, 128);
+    barrier_wait(shared.rows_full, 0);
+
+    const float scale = args.geometry.scale * LOG2_E;
+    const u32 first_rows = shared_address(shared.first_rows[w]), second_rows = shared_address(shared.second_rows[w]);
+    float scores[N / 2], slopes[N / 2];  // s, then p; dp, then ds
+    u32 weights[KEYS ? N / 4 : 1], packed_slopes[N / 4];
+    float grad_first[D / 2], grad_second[KEYS ? D / 2 : 1];
+    FASTNA_UNROLL
+    for (int i = 0; i < D / 2; ++i) {
+      grad_first[i] = 0.0f;
+      if constexpr (KEYS) grad_second[i] = 0.0f;
+    }
+
+    const auto release = [&](MemoryBarrier& barrier) {
+      if (lane == 0) barrier_arrive(barrier);
+    };
+    // result = rows columns^T
+    const auto multiply_rows = [&](float(&result)[N / 2], u32 rows, const u8* columns) {
+      const u32 box = shared_address(columns);
+      wgmma_fence();
+      FASTNA_UNROLL
+      for (int k = 0; k < D / 16; ++k) {
+        const int slice = k * 16 / SLICE, offset = k * 16 % SLICE * 2;
+        Wgmma<N>::template product<T>(result, matrix_descriptor<ROW>(rows + slice * 64 * ROW + offset),
+                                      matrix_descriptor<ROW>(box + slice * N * ROW + offset), k != 0);
+      }
+      wgmma_commit();
+    };
+    // sum += factors columns
+    const auto add_product = [&](float(&sum)[D / 2], const u32* factors, const u8* columns) {
+      const u32 box = shared_address(columns);
+      wgmma_fence();
+      FASTNA_UNROLL
+      for (int k = 0; k < N / 16; ++k)
+        Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, matrix_descriptor<ROW>(box + k * 16 * ROW, N * ROW));
+      wgmma_commit();
+    };
+    const auto multiply_first = [&](int step) {
+      barrier_wait(shared.first_full[first_stage(step)], first_parity(step));
+      multiply_rows(scores, first_rows, shared.first[first_stage(step)]);
+    };
+    const auto multiply_second = [&](int step) {
+      barrier_wait(shared.second_full[second_stage(step)], second_parity(step));
+      multiply_rows(slopes, second_rows, shared.second[second_stage(step)]);
+    };
+    // lse (which = 0) or delta (1) of accumulator i: of its row, or of its column.
+    const auto statistic = [&](int step, int i, int which) {
+      if constexpr (KEYS) {
+        const float4& column = shared.statistics[second_stage(step)][i / 4 * 8 + 2 * quad + (i & 1)];
+        return which == 0 ? column.x : column.y;
+      } else {
+        const float2& own_row = statistics[i >> 1 & 1];
+        return which == 0 ? own_row.x : own_row.y;
+      }
+    };
+
+    const int count = steps();
+    Walk walk{0, {0, 0, 0}, 0};
+    const auto skip_unneeded = [&]() {
+      for (; walk.step < count && !sight.needs(walk); place.advance(walk)) {
+        // A stage is released only after it was filled: an arrival before that would count for its last use. Every warp releases it
+        // for itself, after all its lanes have waited: whoever still waits while the stage is filled anew twice would wait for ever.
+        barrier_wait(shared.first_full[first_stage(walk.step)], first_parity(walk.step));
+        barrier_wait(shared.second_full[second_stage(walk.step)], second_parity(walk.step));
+        sync_warp();
+        release(shared.first_empty[first_stage(walk.step)]);
+        release(shared.second_empty[second_stage(walk.step)]);
+      }
+    };
+    const auto weigh = [&]() {
+      sight.hide(scores, walk, row, quad);
+      FASTNA_UNROLL
+      for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * scale - statistic(walk.step, i, 0));
+    };
+    const auto differentiate = [&]() {
+      FASTNA_UNROLL
+      for (int i = 0; i < N / 4; ++i) {
+        if constexpr (KEYS) weights[i] = pack2<T>(scores[2 * i], scores[2 * i + 1]);
+        const float low = scores[2 * i] * (slopes[2 * i] - statistic(walk.step, 2 * i, 1));
+        const float high = scores[2 * i + 1] * (slopes[2 * i + 1] - statistic(walk.step, 2 * i + 1, 1));
+        packed_slopes[i] = pack2<T>(low, high);
+      }
+      // Of queries nothing more is needed from a value box; of keys, grad_output waits for its product with the weights.
+      if constexpr (!KEYS) release(shared.second_empty[second_stage(walk.step)]);
+    };
+    const auto add_gradients = [&](int step) {
+      if constexpr (KEYS) add_product(grad_second, weights, shared.second[second_stage(step)]);
+      add_product(grad_first, packed_slopes, shared.first[first_stage(step)]);
+    };
+    const auto release_added = [&](int step) {
+      release(shared.first_empty[first_stage(step)]);
+      if constexpr (KEYS) release(shared.second_empty[second_stage(step)]);
+    };
+    while (true) {
+      skip_unneeded();
+      if (walk.step >= count) break;
+      multiply_first(walk.step);
+      multiply_second(walk.step);
+      wgmma_wait<1>();
+      weigh();
+      wgmma_wait<0>();
+      differentiate();
+      int last = walk.step;
+      place.advance(walk);
+      while (walk.step < count && sight.needs(walk)) {
+        // The weights of this box are computed while the last one's gradients are summed up.
+        multiply_first(walk.step);
+        add_gradients(last);
+        multiply_second(walk.step);
+        wgmma_wait<KEYS ? 3 : 2>();
+        weigh();
+        wgmma_wait<1>();
+        release_added(last);
+        wgmma_wait<0>();
+        differentiate();
+        last = walk.step;
+        place.advance(walk);
+      }
+      add_gradients(last);
+      wgmma_wait<0>();
+      release_added(last);
+    }
+    if (sight.idle) return;
+    store(w, own, row, quad, thread, grad_first, args.geometry.scale, shared.first_rows[w], args.grad_first);
+    if constexpr (KEYS) store(w, own, row, quad, thread, grad_second, 1.0f, shared.second_rows[w], args.grad_second);
+  }
+
+  FASTNA_DEVICE i64 token_index(const int (&at)[3]) const {
+    i64 index = place.batch;
+    FASTNA_UNROLL
+    for (int a = 0; a < 3; ++a) index = index * args.geometry.axis[a].length + at[a];
+    return index;
+  }
+
+  // Through `slot`, where this warpgroup's rows lie that are no longer needed.
+  FASTNA_DEVICE void store(int w, const int (&own)[3], int row, int quad, int thread, const float (&grad)[D / 2], float factor, u8* slot,
+                           const TensorArguments& to) {
+    FASTNA_UNROLL
+    for (int i = 0; i < D / 4; ++i) {
+      const int n = i / 2, half_ = i % 2;
+      const u32 at = n * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(row + 8 * half_, n * 8 % SLICE / 8) + quad * 4;
+      *reinterpret_cast<u32*>(slot + at) = pack2<T>(grad[2 * i] * factor, grad[2 * i + 1] * factor);
+    }
+    named_barrier(1 + w, 128);
+    constexpr int CHUNKS = D / 8;
+    for (int i = thread; i < 64 * CHUNKS; i += 128) {
+      const int r = i / CHUNKS, chunk = i % CHUNKS;
+      int at[3];
+      if (!place.locate(own, r, at)) continue;
+      const u32 from = chunk * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(r, chunk % (SLICE / 8));
+      store_global_16(element<T>(to, place.batch, at[0], at[1], at[2], place.head) + chunk * 8, load_global_16(slot + from));
+    }
+  }
+};
+
+template <class Config>
+FASTNA_DEVICE void hopper_gradient(const HopperGradientArguments& args) {
+  using Kernel = HopperGradient<Config>;
+  using Tiles = typename Config::Tiles;
+  auto& shared = *dynamic_shared<typename Kernel::Shared>();
+  const HopperPlace<Tiles> place(args.geometry, args.tiles, Config::KEYS ? args.geometry.key_heads : args.geometry.heads);
+  if (place.empty) return;
+  if (thread_index() == 0) {
+    barrier_init(shared.rows_full, 1);
+    for (int s = 0; s < Kernel::STAGES; ++s) {
+      barrier_init(shared.first_full[s], 1);
+      barrier_init(shared.first_empty[s], 4 * Tiles::WARPGROUPS);  // one arrival per warp
+    }
+    for (int s = 0; s < Kernel::SECOND_STAGES; ++s) {
+      barrier_init(shared.second_full[s], 1);
+      barrier_init(shared.second_empty[s], 4 * Tiles::WARPGROUPS);
+    }
+    barrier_init_done();
+  }
+  sync_threads();
+  Kernel kernel(args, shared, place);
+  const int warpgroup = warp_index() / 4;
+  if (warpgroup == 0) {
+    shrink_registers<24>();
+    if (thread_index() == 0) kernel.produce();
+  } else {
+    grow_registers<Config::CONSUMER_REGISTERS>();
+    kernel.consume(warpgroup - 1);
+  }
+}
+
+}  // namespace fastna
