@@ -3,11 +3,13 @@
 python scripts/compile_kernels.py                         all of them
 python scripts/compile_kernels.py --quick                 two of each kernel, sm_80 and sm_90a
 python scripts/compile_kernels.py --only strip --architecture sm_89
+python scripts/compile_kernels.py --record results/compile/kernels.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -20,6 +22,25 @@ from kernels.cuda import census
 from kernels.cuda.errors import KernelError
 
 
+def record(entry: census.Entry) -> str:
+    """One line of a record of compilations."""
+    compiled, source = entry.compiled, entry.source
+    return json.dumps(
+        {
+            "family": entry.family,
+            "kernel": source.name,
+            "architecture": entry.architecture,
+            "threads": source.threads,
+            "registers": compiled.registers,
+            "spilled_bytes": compiled.spilled_bytes,
+            "stack_bytes": compiled.stack_bytes,
+            "shared_bytes": source.shared_bytes,
+            "seconds": round(compiled.seconds, 2),
+            "defect": entry.defect,
+        }
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -27,12 +48,13 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="kernels with this in their family or name")
     parser.add_argument("--architecture", action="append", choices=census.ARCHITECTURES, help="may be given again")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the table there too, a JSON object a line")
     options = parser.parse_args()
     architectures = options.architecture or (census.QUICK_ARCHITECTURES if options.quick else census.ARCHITECTURES)
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table("family", "kernel", "architecture", title="Kernels")
-    for heading in ("registers", "spilled B", "stack B", "shared B", "seconds"):
+    for heading in ("registers", "spilled B", "stack B", "shared B", "CPU s"):
         table.add_column(heading, justify="right")
     try:
         entries = list(census.compile_all(architectures, options.quick, options.only))
@@ -53,6 +75,9 @@ def main() -> int:
             style="red" if entry.defect else None,
         )
     console.print(table)
+    if options.record is not None:
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        options.record.write_text("".join(f"{record(entry)}\n" for entry in entries))
     defects = [entry for entry in entries if entry.defect]
     for entry in defects:
         console.print(f"{entry.source.name} for {entry.architecture} {entry.defect}", style="red", markup=False)

@@ -5,12 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from workers import bias, check_determinism, projection, run_check
 
 from kernels import explain, na1d, na2d, na3d
 
 BACKENDS = ("naive", "gemm", "fused")
 HALF = (torch.float16, torch.bfloat16)
+
+
+def projection(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0) -> tuple[Tensor, ...]:
+    """Query, key and value `shape`, as slices of one packed projection `[batch, *space, 3, heads, head_dim]`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    packed = torch.randn(*shape[:-2], 3, *shape[-2:], device=device, generator=generator).to(dtype)
+    return packed.unbind(-3)
+
+
+def bias(device: torch.device, dtype: torch.dtype, heads: int, *window: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(heads, *(2 * k - 1 for k in window), device=device, generator=generator).to(dtype)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -23,19 +34,25 @@ def test_the_best_backend_on_cuda_is_fused(cuda):
         assert explain(query, key, value, 7).backend == "fused"
 
 
-SHAPES = [((56, 56), (7, 7), 1), ((28, 28), (7, 7), 4), ((30, 31), (9, 8), 1), ((12, 13), (5, 5), 2)]
-REPEATED = [(backend, dtype, *shape) for backend in BACKENDS for dtype in (*HALF, torch.float32) for shape in SHAPES]
-
-
-@pytest.fixture(scope="module")
-def repetitions(pool):
-    """All repeated calls under way."""
-    return {case: pool.submit(run_check, check_determinism, *case) for case in REPEATED}
-
-
-@pytest.mark.parametrize("case", REPEATED, ids=lambda case: "-".join(map(str, case)))
-def test_the_same_call_gives_the_same_bits(repetitions, case):
-    assert repetitions[case].result() == []
+@pytest.mark.parametrize(
+    ("space", "window", "dilation"),
+    [((56, 56), (7, 7), 1), ((28, 28), (7, 7), 4), ((30, 31), (9, 8), 1), ((12, 13), (5, 5), 2)],
+)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_call_gives_the_same_bits(cuda, backend, dtype, space, window, dilation):
+    """Forward and backward, over memory that differs in between."""
+    query, key, value = (t.requires_grad_() for t in projection(cuda, dtype, 3, *space, 2, 32))
+    rpb = bias(cuda, dtype, 2, *window).requires_grad_()
+    runs = []
+    for _ in range(2):
+        output, lse = na2d(query, key, value, window, dilation=dilation, rpb=rpb, return_lse=True, backend=backend)
+        runs.append([output, lse, *torch.autograd.grad(output.square().sum(), (query, key, value, rpb))])
+        torch.empty(1 << 24, device=cuda).fill_(float("nan"))
+    names = ("output", "lse", "grad_query", "grad_key", "grad_value", "grad_rpb")
+    for name, first, second in zip(names, *runs, strict=True):
+        assert torch.equal(first, second), name
+        assert first.isfinite().all(), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,6 +169,7 @@ def test_gradients_are_those_of_finite_differences(cuda, backend, rank):
         assert abs(float(numeric - analytic)) <= 1e-2 * float(size) + 1e-2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_than_two_to_the_31_elements(cuda, backend):
     """Tokens behind element 2^31: the last map of a large batch equals the same map alone."""

@@ -93,6 +93,7 @@ def test_a_kernel_runs_on_the_device_of_its_tensors():
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.alone
 def test_a_launch_costs_a_few_microseconds_of_host_time(cuda):
     kernel = vector_kernel(cuda)
     values = torch.arange(128, dtype=torch.int32, device=cuda)
