@@ -8,6 +8,7 @@ instantiated: a configuration that somebody else wrote cannot run code.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,27 +18,28 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.errors import ConfigError, did_you_mean, one_line
+from training.config_data import (  # noqa: F401  (every schema of configs/ can be imported from here)
+    DATA_SCHEMAS,
+    INTERPOLATIONS,
+    DataConfig,
+    DigitsConfig,
+    FolderConfig,
+    ImageNetConfig,
+    ParquetConfig,
+    ShardsConfig,
+    TimmConfig,
+    data_from_plain,
+)
+from training.errors import ConfigError, one_line
+from training.rules import require, require_choice
 
 CONFIG_DIRECTORY = str(Path(__file__).resolve().parent.parent / "configs")
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "random")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
 SCHEDULES = ("cosine", "constant", "poly", "step")
+DEVICE_RAND_AUGMENT = re.compile(r"rand(-(m|n|mstd|inc)\d+(\.\d+)?)*")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 Config = TypeVar("Config")
-
-
-def require(condition: bool, key: str, value: object, rule: str) -> None:
-    """Refuse `value` of `key` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key}={value!r}: must be {rule}")
-
-
-def require_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a word that is not one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{key}={value!r}: must be one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
 
 
 @dataclass
@@ -67,88 +69,10 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    """What every data set has. `batch_size` counts images per process and per forward pass."""
-
-    name: str = MISSING
-    batch_size: int = 64
-    eval_batch_size: int | None = None  # null: batch_size
-    workers: int = 4
-    image_size: int = 224
-    in_chans: int = 3
-    interpolation: str = "bicubic"  # of evaluation
-    crop_pct: float = 0.875
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    train_limit: int | None = None  # train on so many images only, drawn once
-    broken_image_limit: int = 0  # so many unreadable images are named and skipped; one more stops the run
-
-    def __post_init__(self) -> None:
-        require(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
-        size = self.eval_batch_size
-        require(size is None or size >= 1, "data.eval_batch_size", size, "1 or more")
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(self.image_size >= 1, "data.image_size", self.image_size, "1 or more")
-        require(self.in_chans in (1, 3), "data.in_chans", self.in_chans, "1 (grey) or 3 (RGB)")
-        require_choice("data.interpolation", self.interpolation, INTERPOLATIONS[:-1])
-        require(0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
-        for key in ("mean", "std"):
-            values = getattr(self, key)
-            rule = f"a list of {self.in_chans} numbers, one per channel (data.in_chans)"
-            require(len(values) == self.in_chans, f"data.{key}", values, rule)
-        require(all(value > 0 for value in self.std), "data.std", self.std, "above 0")
-        limit = self.train_limit
-        require(limit is None or limit >= 1, "data.train_limit", limit, "null or 1 or more")
-        require(self.broken_image_limit >= 0, "data.broken_image_limit", self.broken_image_limit, "0 or more")
-
-
-def require_split(validation: float, test: float) -> None:
-    require(0 < validation < 1, "data.validation_fraction", validation, "above 0 and below 1")
-    require(0 <= test < 1 - validation, "data.test_fraction", test, "0 or more, and below 1 - data.validation_fraction")
-
-
-@dataclass
-class DigitsConfig(DataConfig):
-    """scikit-learn's 1,797 handwritten digits, split by a fixed, stratified draw."""
-
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.15
-    split_seed: int = 0
-    classes: list[int] | None = None  # only these digits, e.g. [0, 1, 2, 3, 4]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_split(self.validation_fraction, self.test_fraction)
-        if self.classes is not None:
-            known = len(set(self.classes)) == len(self.classes) >= 2 and set(self.classes) <= set(range(10))
-            require(known, "data.classes", self.classes, "null or two or more different digits")
-
-
-@dataclass
-class FolderConfig(DataConfig):
-    """Class folders: root/{train,val[,test]}/CLASS/*.jpg, or root/CLASS/*.jpg split by a fixed, stratified draw."""
-
-    root: str = MISSING
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.1
-    split_seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_split(self.validation_fraction, self.test_fraction)
-
-
-@dataclass
-class ImageNetConfig(DataConfig):
-    """ImageNet-1k as root/{train,val}/SYNSET/*.JPEG; `val` serves as the test set too."""
-
-    root: str = MISSING
-
-
-@dataclass
 class AugmentationConfig:
     """Of training images. Names and meanings are timm's, but for `affine_*`, which move small drawings a little."""
 
+    runs_on: str = "workers"  # timm's pipeline in the data workers; device: torchvision's, where the model is
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])  # [1, 1]: no crop
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
     interpolation: str = "random"
@@ -184,6 +108,14 @@ class AugmentationConfig:
         require_choice("augmentation.interpolation", self.interpolation, INTERPOLATIONS)
         require_choice("augmentation.remode", self.remode, ("const", "rand", "pixel"))
         require(self.repeats >= 1, "augmentation.repeats", self.repeats, "1 or more")
+        require_choice("augmentation.runs_on", self.runs_on, ("workers", "device"))
+        if self.runs_on == "device":
+            rule = "bilinear, bicubic, nearest or random with augmentation.runs_on=device"
+            require(self.interpolation != "lanczos", "augmentation.interpolation", self.interpolation, rule)
+            policy = self.auto_augment
+            rule = "null or timm's rand-m..-n..-mstd..-inc1 with augmentation.runs_on=device"
+            known = policy is None or DEVICE_RAND_AUGMENT.fullmatch(policy) is not None
+            require(known, "augmentation.auto_augment", policy, rule)
 
 
 @dataclass
@@ -368,7 +300,8 @@ class TrainConfig:
 class EvalConfig:
     """One evaluation of one checkpoint."""
 
-    ckpt: str = MISSING
+    ckpt: str = MISSING  # a checkpoint of train.py, an exported folder, or with model_name a file of bare weights
+    model_name: str | None = None
     split: str = "test"
     use_ema: bool = True  # where the checkpoint has an average
     data: DataConfig | None = None  # null: what the checkpoint was trained on
@@ -388,7 +321,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     store.store(name="eval_schema", node=EvalConfig)
-    for name, node in (("digits", DigitsConfig), ("folder", FolderConfig), ("imagenet", ImageNetConfig)):
+    for name, node in DATA_SCHEMAS.items():
         store.store(group="data", name=f"{name}_schema", node=node)
     for name in zoo():
         store.store(group="model", name=name, node={"name": name})
@@ -420,19 +353,3 @@ def to_object(config: DictConfig, schema: type[Config]) -> Config:
 def to_plain(config: Any) -> dict[str, Any]:
     """A configuration as plain containers, for a checkpoint or a YAML file."""
     return dataclasses.asdict(config)
-
-
-def data_from_plain(values: dict[str, Any]) -> DataConfig:
-    """The data configuration that a checkpoint carries.
-
-    Raises:
-        ConfigError: it names a data set that this version does not know, or has other keys.
-    """
-    schemas = {"digits": DigitsConfig, "imagefolder": FolderConfig, "imagenet": ImageNetConfig}
-    name = values.get("name")
-    if name not in schemas:
-        raise ConfigError(f"data.name={name!r} in the checkpoint: must be one of {', '.join(schemas)}; give data=...")
-    try:
-        return schemas[name](**values)
-    except TypeError as error:
-        raise ConfigError(f"data of the checkpoint: {error}; give data=... on the command line") from error

@@ -8,10 +8,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from torch import Tensor, nn
 
 from training.build import (
     build_loggers,
@@ -34,11 +36,12 @@ from training.checkpoint import (
     newest_checkpoint,
     read_run,
 )
-from training.config import EvalConfig, ModelConfig, TrainConfig, to_plain
+from training.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, to_plain
 from training.data import ImageData, open_splits
-from training.errors import CheckpointError, ConfigError, UserError, one_line
+from training.errors import CheckpointError, ConfigError, UserError
 from training.evaluation import Figures, compute_figures, figures_table, write_figures
 from training.files import write_text
+from training.inference.loading import Loaded, load_model
 from training.module import Classifier
 from training.optimization import build_optimizer, scale_rate
 from training.randomness import INIT, derive_seed, seed_generators
@@ -65,6 +68,8 @@ def train(config: TrainConfig) -> Outcome:
         UserError: configuration, data or a checkpoint cannot be used.
     """
     quiet_libraries()
+    if getattr(config.data, "labels", None) is not None:
+        raise ConfigError(f"data.labels={config.data.labels}: the set serves evaluation only (eval.py)")
     splits = open_splits(config.data)
     arguments = model_arguments(config.model, len(splits.classes), config.data.in_chans)
     description = describe_run(config, arguments, splits.classes)
@@ -100,7 +105,8 @@ def train(config: TrainConfig) -> Outcome:
             logger.log_hyperparams(logged)
         if rank_zero_only.rank == 0 and not config.trainer.fast_dev_run:
             write_text(planned / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
-        trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
+        with data.dead_workers_named():
+            trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except UserError:
         if absent and trainer.is_global_zero and not (planned / FOLDER / LAST).exists():
             discard(absent)
@@ -127,31 +133,38 @@ def evaluate(config: EvalConfig) -> Outcome:
         UserError: configuration, data or the checkpoint cannot be used.
     """
     quiet_libraries()
-    saved = read_run(config.ckpt)
-    data_config = config.data if config.data is not None else saved.data
+    loaded = load_model(config.ckpt, config.model_name, config.use_ema)
+    if config.data is None and loaded.run is None:
+        raise ConfigError(f"data: ckpt={config.ckpt} does not say what it was trained on; give data=...")
+    data_config = config.data if config.data is not None else loaded.preprocessing
     splits = open_splits(data_config)
-    if splits.classes != saved.classes:
+    if not (set(splits.classes) <= set(loaded.classes) if splits.is_subset else splits.classes == loaded.classes):
         raise CheckpointError(
-            f"ckpt={config.ckpt} knows the {len(saved.classes)} classes {_some(saved.classes)},"
+            f"ckpt={config.ckpt} knows the {len(loaded.classes)} classes {_some(loaded.classes)},"
             f" but data={data_config.name} has the {len(splits.classes)} classes {_some(splits.classes)}"
         )
-    if data_config.in_chans != saved.model_kwargs["in_chans"]:
-        expected = saved.model_kwargs["in_chans"]
+    if data_config.in_chans != loaded.preprocessing.in_chans:
+        expected = loaded.preprocessing.in_chans
         raise ConfigError(f"data.in_chans={data_config.in_chans}: the checkpoint's model takes {expected}")
-    model = create_model(saved.model_name, saved.model_kwargs, config.attn_backend)
-    try:
-        model.load_state_dict(saved.weights(config.use_ema))
-    except RuntimeError as error:
-        raise CheckpointError(f"ckpt={config.ckpt} does not fit {saved.model_name}: {one_line(str(error))}") from error
+    for difference in preprocessing_differences(data_config, loaded.preprocessing):
+        log.warning("images are prepared otherwise than the model was made for: %s", difference)
+    model = loaded.model
+    if config.attn_backend is not None:
+        if not hasattr(model, "set_attn_backend"):
+            raise ConfigError(f"attn_backend={config.attn_backend}: {loaded.name} has no neighborhood attention")
+        model.set_attn_backend(config.attn_backend)
+    if splits.is_subset:
+        model = nn.Sequential(model, SelectOutputs([loaded.classes.index(name) for name in splits.classes]))
     run = TrainConfig(
-        name="eval", model=ModelConfig(saved.model_name), data=data_config, trainer=config.trainer, evaluate=True
+        name="eval", model=ModelConfig(loaded.name), data=data_config, trainer=config.trainer, evaluate=True
     )
-    module = Classifier(model, run, saved.classes, saved.content["fastna"])
+    described = {"model": {"name": loaded.name, "kwargs": loaded.arguments}}
+    module = Classifier(model, run, splits.classes, described)
     data = ImageData(splits, data_config)
     trainer = build_trainer(config.trainer, None)
-    beside = saved.path.parent.parent if saved.path.parent.name == FOLDER else saved.path.parent
-    folder = Path(config.output_dir) if config.output_dir else beside / f"eval-{config.split}"
-    title = f"{saved.model_name}, {config.split} split, {saved.path.name}"
+    split = getattr(data_config, "labels", None) or config.split
+    folder = Path(config.output_dir) if config.output_dir else evaluation_parent(loaded) / f"eval-{split}"
+    title = f"{loaded.name}, {split} split, {Path(loaded.source).name}"
     figures = test(trainer, module, data, config.split, folder, title)
     if config.report.enabled and trainer.is_global_zero:
         report = write_report(folder, module, data, figures, config.report, split=config.split)
@@ -159,10 +172,40 @@ def evaluate(config: EvalConfig) -> Outcome:
     return Outcome(folder, figures)
 
 
+class SelectOutputs(nn.Module):
+    """Some of a model's outputs: `logits` [n, all] to [n, chosen]."""
+
+    def __init__(self, chosen: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("chosen", torch.tensor(chosen), persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits.index_select(-1, self.chosen)
+
+
+def preprocessing_differences(data: DataConfig, model: DataConfig) -> list[str]:
+    """Where images are prepared otherwise than for the model, as sentences."""
+    keys = ("image_size", "interpolation", "crop_pct", "mean", "std")
+    pairs = [(key, getattr(data, key), getattr(model, key)) for key in keys]
+    return [f"data.{key} is {ours!r}, the model's is {theirs!r}" for key, ours, theirs in pairs if ours != theirs]
+
+
+def evaluation_parent(loaded: Loaded) -> Path:
+    """The run's folder, an exported folder itself, a file's folder; outputs/NAME for what lies on the hub."""
+    if loaded.run is not None:
+        parent = loaded.run.path.parent
+        return parent.parent if parent.name == FOLDER else parent
+    path = Path(loaded.source.removeprefix("local-dir:")).expanduser()
+    return path if path.is_dir() else path.parent if path.is_file() else Path("outputs") / loaded.name
+
+
 def test(trainer: Trainer, module: Classifier, data: ImageData, split: str, folder: Path, title: str) -> Figures:
     """Run `module` over a split, every image once over all processes; print the table, write the files."""
     data.test_split = split
-    trainer.test(module, datamodule=data, verbose=False)
+    with data.dead_workers_named():
+        trainer.test(module, datamodule=data, verbose=False)
+    if data.splits.accepted is not None:
+        module.predictions = module.predictions.with_accepted(data.splits.accepted)
     figures = compute_figures(module.predictions, module.classes)
     if trainer.is_global_zero:
         Console().print(figures_table(figures, title))

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from training.config import DigitsConfig
+from training.config_data import DigitsConfig
 from training.data.images import Selection, Splits, stratified_split
 
 FULL_SCALE = 16  # the drawings' grey levels run from 0 to 16

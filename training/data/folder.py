@@ -1,11 +1,10 @@
 """Images in class folders, already split or not; ImageNet is the same layout with a fixed split."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
-from training.config import FolderConfig, ImageNetConfig
+from training.config_data import FolderConfig
+from training.data.decode import Decoder, EncodedImages
 from training.data.images import Selection, Splits, stratified_split
 from training.errors import DataError
 
@@ -14,16 +13,15 @@ LAYOUT = "expected ROOT/{train,val[,test]}/CLASS/IMAGE, or ROOT/CLASS/IMAGE to b
 
 
 @dataclass(frozen=True)
-class ImageFiles:
+class ImageFiles(EncodedImages):
     """Image files with a class each."""
 
     paths: list[Path]
     targets: list[int]
+    decoder: Decoder = field(default_factory=Decoder)
 
-    def load(self, index: int) -> Image.Image:
-        with Image.open(self.paths[index]) as image:
-            image.load()
-            return image
+    def read(self, index: int) -> bytes:
+        return self.paths[index].read_bytes()
 
     def label(self, index: int) -> str:
         return str(self.paths[index])
@@ -43,7 +41,7 @@ def class_folders(folder: Path) -> list[Path]:
     return folders
 
 
-def scan(folder: Path, classes: list[str]) -> ImageFiles:
+def scan(folder: Path, classes: list[str], decoder: Decoder) -> ImageFiles:
     """All images of `folder`/CLASS, at any depth.
 
     Raises:
@@ -64,36 +62,23 @@ def scan(folder: Path, classes: list[str]) -> ImageFiles:
             raise DataError(f"class folder {found[name]} holds no images ({', '.join(sorted(EXTENSIONS))})")
         paths += members
         targets += [target] * len(members)
-    return ImageFiles(paths, targets)
+    return ImageFiles(paths, targets, decoder)
 
 
 def open_folder(config: FolderConfig) -> Splits:
     """A folder split by hand (train/, val/ and perhaps test/), or one that is split here."""
-    root = Path(config.root).expanduser()
+    root, decoder = Path(config.root).expanduser(), Decoder(config.draft)
     parts = {path.name: path for path in class_folders(root)}
     if "train" in parts:
         if "val" not in parts:
             raise DataError(f"data.root: {root} has train/ but no val/; {LAYOUT}")
         classes = [path.name for path in class_folders(parts["train"])]
-        val = scan(parts["val"], classes)
-        return Splits(
-            classes, scan(parts["train"], classes), val, scan(parts["test"], classes) if "test" in parts else val
-        )
+        train, val = scan(parts["train"], classes, decoder), scan(parts["val"], classes, decoder)
+        return Splits(classes, train, val, scan(parts["test"], classes, decoder) if "test" in parts else val)
     classes = list(parts)
-    images = scan(root, classes)
+    images = scan(root, classes, decoder)
     split = stratified_split(
         images.targets, classes, config.validation_fraction, config.test_fraction, config.split_seed
     )
     train, val, test = (Selection(images, part) for part in split)
     return Splits(classes, train, val, test if test.indices else val)
-
-
-def open_imagenet(config: ImageNetConfig) -> Splits:
-    """ImageNet-1k; classes are synset identifiers in alphabetical order, as in every published checkpoint."""
-    root = Path(config.root).expanduser()
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise DataError(f"data.root: there is no folder {root / part}; expected ROOT/{{train,val}}/SYNSET/IMAGE")
-    classes = [path.name for path in class_folders(root / "train")]
-    val = scan(root / "val", classes)
-    return Splits(classes, scan(root / "train", classes), val, val)

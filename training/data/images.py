@@ -10,15 +10,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from training.data.decode import UNREADABLE, EncodedImages, picture_to_pixels
 from training.data.sampling import Draw
+from training.data.workers import note_reading
 from training.errors import DataError, one_line
 from training.randomness import seed_generators
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a broken file
-
 
 class Images(Protocol):
-    """Labelled images that are read one at a time."""
+    """Labelled images that are read one at a time. Some have `epoch_order(seed, epoch)`, the order to train in."""
 
     targets: Sequence[int]
 
@@ -33,12 +33,18 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set: its class names and its three parts."""
+    """A data set: its class names and its three parts.
+
+    `is_subset`: a model may know more classes; it chooses among these only. `accepted`: of each test image, all
+    classes that are right, where there can be several.
+    """
 
     classes: list[str]
     train: Images
     val: Images
     test: Images
+    is_subset: bool = False
+    accepted: Sequence[Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,47 @@ class Selection:
         return self.images.label(self.indices[index])
 
 
+def load_pixels(images: Images, index: int, mode: str) -> Tensor:
+    """Read and decode one image to uint8 [c, h, w]; `mode` is L or RGB."""
+    while isinstance(images, Selection):
+        images, index = images.images, images.indices[index]
+    if isinstance(images, EncodedImages):
+        return images.load_pixels(index, mode)
+    return picture_to_pixels(images.load(index).convert(mode))
+
+
 class Broken(NamedTuple):
-    """An image that could not be read."""
+    """An image that could not be read. `fatal`: nor could others, because what holds them is missing or broken."""
 
     label: str
     reason: str
+    fatal: bool = False
 
 
 class Sample(NamedTuple):
     image: Tensor
     target: int
     index: int
+
+
+class PixelSample(NamedTuple):
+    """A decoded image, not yet augmented: uint8 [c, h, w], and the seed of its augmentation."""
+
+    pixels: Tensor
+    target: int
+    index: int
+    seed: int
+
+
+class PixelBatch(NamedTuple):
+    """Decoded images of any sizes: their `pixels` in a row, uint8, with the `shapes` [c, h, w] that cut it up again."""
+
+    pixels: Tensor
+    shapes: tuple[tuple[int, int, int], ...]
+    seeds: tuple[int, ...]
+    target: Tensor
+    index: Tensor
+    broken: tuple[Broken, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -97,14 +133,33 @@ class ImageReader(Dataset):
         """The image as stored, decoded and in the channels that the model takes."""
         return self.images.load(index).convert(self.mode)
 
-    def __getitem__(self, draw: Draw) -> Sample | Broken:
+    def __getitem__(self, draw: Draw) -> Sample | PixelSample | Broken:
+        note_reading(draw.index)
         try:
-            picture = self.picture(draw.index)
+            return self._sample(draw)
         except UNREADABLE as error:
             return Broken(self.images.label(draw.index), one_line(str(error)))
+        except DataError as error:
+            return Broken(self.images.label(draw.index), str(error), fatal=True)
+
+    def _sample(self, draw: Draw) -> Sample | PixelSample:
+        picture = self.picture(draw.index)
         seed_generators(draw.seed)
-        target = self.targets[draw.index] if draw.counted else -1
-        return Sample(self.transform(picture), target, draw.index)
+        return Sample(self.transform(picture), self._target(draw), draw.index)
+
+    def _target(self, draw: Draw) -> int:
+        return self.targets[draw.index] if draw.counted else -1
+
+
+class PixelReader(ImageReader):
+    """Reads the image that a `Draw` names and leaves augmenting it to the device."""
+
+    def __init__(self, images: Images, in_chans: int) -> None:
+        super().__init__(images, picture_to_pixels, in_chans)
+
+    def _sample(self, draw: Draw) -> PixelSample:
+        pixels = load_pixels(self.images, draw.index, self.mode)
+        return PixelSample(pixels, self._target(draw), draw.index, draw.seed)
 
 
 def collate(samples: list[Sample | Broken]) -> Batch:
@@ -115,6 +170,19 @@ def collate(samples: list[Sample | Broken]) -> Batch:
     target = torch.tensor([sample.target for sample in good], dtype=torch.int64)
     index = torch.tensor([sample.index for sample in good], dtype=torch.int64)
     return Batch(image, target, index, broken)
+
+
+def collate_pixels(samples: list[PixelSample | Broken]) -> PixelBatch:
+    """Put the pixels in a row; pass on the names of what could not be read."""
+    good = [sample for sample in samples if isinstance(sample, PixelSample)]
+    return PixelBatch(
+        pixels=torch.cat([sample.pixels.flatten() for sample in good]) if good else torch.empty(0, dtype=torch.uint8),
+        shapes=tuple(tuple(sample.pixels.shape) for sample in good),
+        seeds=tuple(sample.seed for sample in good),
+        target=torch.tensor([sample.target for sample in good], dtype=torch.int64),
+        index=torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        broken=tuple(sample for sample in samples if isinstance(sample, Broken)),
+    )
 
 
 def stratified_split(

@@ -1,8 +1,7 @@
 """One Lightning data module for every data set that is a list of images."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -10,22 +9,23 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from training.config import AugmentationConfig, DataConfig
-from training.data.images import Batch, ImageReader, Selection, Splits, collate
+from training.data.augment import DeviceAugmentation
+from training.data.images import (
+    Batch,
+    ImageReader,
+    PixelBatch,
+    PixelReader,
+    Selection,
+    Splits,
+    collate,
+    collate_pixels,
+)
 from training.data.sampling import EvalBatches, TrainBatches
 from training.data.transforms import eval_transform, train_transform
+from training.data.workers import LazyLoader, dead_workers_named
 from training.errors import DataError
 
 log = logging.getLogger(__name__)
-
-
-class LazyLoader(DataLoader):
-    """A DataLoader whose workers start with the first batch asked for.
-
-    Lightning asks for an iterator before it has restored or advanced the epoch; reading then would read the wrong one.
-    """
-
-    def __iter__(self) -> Iterator[Any]:
-        yield from super().__iter__()
 
 
 class ImageData(LightningDataModule):
@@ -43,8 +43,11 @@ class ImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.splits, self.config, self.augmentation, self.seed = splits, config, augmentation, seed
-        self.broken = 0
+        self.broken: set[str] = set()
+        self.loaders: list[LazyLoader] = []
         self.test_split = "test"
+        on_device = augmentation is not None and augmentation.runs_on == "device"
+        self.device_augmentation = DeviceAugmentation(config, augmentation) if on_device else None
 
     def reader(self, split: str) -> ImageReader:
         """The images of a split as evaluation reads them."""
@@ -69,7 +72,10 @@ class ImageData(LightningDataModule):
                 f"{size} training images make no batch of {config.batch_size} x {world} processes:"
                 f" set data.batch_size to {size // world} or less"
             )
-        reader = ImageReader(images, train_transform(config, augmentation), config.in_chans)
+        if self.device_augmentation is not None:
+            reader: ImageReader = PixelReader(images, config.in_chans)
+        else:
+            reader = ImageReader(images, train_transform(config, augmentation), config.in_chans)
         batches = TrainBatches(
             size,
             config.batch_size,
@@ -78,6 +84,7 @@ class ImageData(LightningDataModule):
             repeats=augmentation.repeats,
             rank=rank,
             world=world,
+            epoch_order=getattr(images, "epoch_order", None),
         )
         return self._loader(reader, batches)
 
@@ -94,29 +101,47 @@ class ImageData(LightningDataModule):
         size = self.config.eval_batch_size or self.config.batch_size
         return self._loader(reader, EvalBatches(len(reader), size, rank=rank, world=world))
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Name and count the images that could not be read.
+    def on_before_batch_transfer(self, batch: Batch | PixelBatch, dataloader_idx: int) -> Batch | PixelBatch:
+        """Name and count the images that could not be read; one read again in another epoch counts once.
 
         Raises:
-            DataError: more than data.broken_image_limit of them.
+            DataError: more than data.broken_image_limit of them, or a whole shard is missing or broken.
         """
-        for label, reason in batch.broken:
-            self.broken += 1
-            if self.broken > self.config.broken_image_limit:
-                limit = self.config.broken_image_limit
+        limit = self.config.broken_image_limit
+        for label, reason, fatal in batch.broken:
+            if fatal:
+                raise DataError(reason)
+            if label in self.broken:
+                continue
+            self.broken.add(label)
+            if len(self.broken) > limit:
                 raise DataError(f"cannot read image {label}: {reason} (data.broken_image_limit={limit})")
-            log.warning("skipped unreadable image %s: %s", label, reason)
+            log.warning("skipped unreadable image %s: %s (%d of %d)", label, reason, len(self.broken), limit)
         return batch._replace(broken=())
 
-    def _loader(self, reader: ImageReader, batches: TrainBatches | EvalBatches) -> DataLoader:
-        return LazyLoader(
+    def on_after_batch_transfer(self, batch: Batch | PixelBatch, dataloader_idx: int) -> Batch:
+        """Augment on the device what the workers left as it was."""
+        if isinstance(batch, PixelBatch):
+            if self.device_augmentation is None:
+                raise RuntimeError("only this module's own training loader makes batches of pixels")
+            return self.device_augmentation(batch)
+        return batch
+
+    def dead_workers_named(self) -> AbstractContextManager[None]:
+        """Within it, a data worker that dies is a DataError which names the worker and the image it read."""
+        return dead_workers_named(self.loaders)
+
+    def _loader(self, reader: ImageReader, batches: TrainBatches | EvalBatches) -> LazyLoader:
+        loader = LazyLoader(
             reader,
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=collate_pixels if isinstance(reader, PixelReader) else collate,
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+        self.loaders.append(loader)
+        return loader
 
     def _position(self) -> tuple[int, int]:
         """Epoch and batches of it already done, as the trainer's loop counts them."""

@@ -1,0 +1,94 @@
+"""Data worker processes: what each is reading, so that one that dies can be named with the image it died on."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from training.errors import DataError, one_line
+
+NOTHING = -1
+DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?P<how>.*)", re.DOTALL)
+
+
+class WorkerNotes:
+    """Shared with the workers: for each its process id and the index of the image that it is reading."""
+
+    own: "WorkerNotes | None" = None  # in a worker: the notes of its loader
+
+    def __init__(self, workers: int) -> None:
+        self.table = torch.full((workers, 2), NOTHING, dtype=torch.int64).share_memory_()
+
+    def __call__(self, worker: int) -> None:
+        """Called by a worker as it starts."""
+        WorkerNotes.own = self
+        self.table[worker, 0] = os.getpid()
+
+    def find(self, pid: int) -> tuple[int, int] | None:
+        """Number of the worker with this process id, and the index that it read last."""
+        for worker, (known, index) in enumerate(self.table.tolist()):
+            if known == pid:
+                return worker, index
+        return None
+
+
+def note_reading(index: int) -> None:
+    """Leave a note of what is read from now on; nothing happens outside a worker."""
+    worker = get_worker_info()
+    if worker is not None and WorkerNotes.own is not None:
+        WorkerNotes.own.table[worker.id, 1] = index
+
+
+class LazyLoader(DataLoader):
+    """A DataLoader whose workers start with the first batch asked for, and leave notes.
+
+    Lightning asks for an iterator before it has restored or advanced the epoch; reading then would read the wrong one.
+    """
+
+    def __init__(self, dataset: Any, *, num_workers: int, **options: Any) -> None:
+        self.notes = WorkerNotes(num_workers)
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=self.notes, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+
+
+@contextmanager
+def dead_workers_named(loaders: list[LazyLoader]) -> Iterator[None]:
+    """Makes a worker's death, which torch reports from wherever the main process happens to be, one line.
+
+    Args:
+        loaders: looked through when it happens, so it may grow until then.
+
+    Raises:
+        DataError: a worker has died; names it, what ended it, and the image that it was reading.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        found = DIED.search(str(error))
+        if found is None:
+            raise
+        raise DataError(describe_death(loaders, found)) from error
+
+
+def describe_death(loaders: list[LazyLoader], found: re.Match[str]) -> str:
+    """Which worker died, on what, and how."""
+    how = one_line(found["how"].split(". ")[0].split("\n")[0]).rstrip(".")
+    how = how.replace("killed by signal: Killed", f"killed by signal {signal.SIGKILL.name}")
+    for pid in map(int, found[1].split(",")):
+        for loader in loaders:
+            note = loader.notes.find(pid)
+            if note is not None:
+                worker, index = note
+                reading = "" if index == NOTHING else f" while it read {loader.dataset.images.label(index)}"
+                return (
+                    f"data worker {worker} (process {pid}) {how}{reading}; if memory ran out, lower data.workers"
+                    " or data.batch_size, then go on with resume=last"
+                )
+    return f"a data worker (process {found[1]}) {how}"
