@@ -258,7 +258,7 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
         shared_bytes += (lines + 2 * BIAS_LINES_BEFORE) * (2 * column_axis.window + 1) * 16
     if needs_rpb_grad:
         shared_bytes += _round_up(tile.warps * lines * offsets, 4) * 4
-    shared_bytes += walk_rows * 8 + 9 * 16 + 64
+    shared_bytes += walk_rows * 8 + 7 * 16 + 64
     return Plan(
         source=source,
         grid=problem.batch * problem.heads * row_axis.dilation * column_axis.dilation * tiles * chunks,

@@ -29,6 +29,12 @@ struct StripMask {
   FASTNA_DEVICE static u32 row(u32 rows, int n) { return static_cast<u32>(static_cast<int>(rows << n) >> 31); }
 };
 
+// What a lane writes of 16 tokens: for the left operand's two columns, elements from a gradient's start, and whether there are any.
+struct StripTargets {
+  i64 offset[2];
+  bool valid[2];
+};
+
 template <class Config>
 struct StripProducts {
   using T = typename Config::T;
@@ -87,23 +93,20 @@ struct StripProducts {
     }
   }
 
-  // Writes 16 tokens times `factor`, its columns `upper` and `lower` if they are below `columns`. Neighbouring lanes trade halves of
-  // two chunks, so that a store fills whole 32-byte sectors.
-  FASTNA_DEVICE static void store(const float (&d)[D_TILES][4], float factor, const MapView<T>& view, Interval rows, int upper,
-                                  int lower, int columns) {
-    const int g = lane_index() >> 2, q = lane_index() & 3, odd = q & 1;
+  // Writes 16 tokens times `factor`, its part in the token of either column.
+  // Neighbouring lanes trade halves of two chunks, so that a store fills whole 32-byte sectors.
+  FASTNA_DEVICE static void store(const float (&d)[D_TILES][4], float factor, T* tensor, const StripTargets& targets) {
+    const bool odd = (lane_index() & 1) != 0;
     FASTNA_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int column = h == 0 ? upper : lower;
-      const bool valid = rows.begin + g < rows.end && column < columns;
-      T* target = view.at(rows.begin + g, column) + odd * 8 + (q >> 1) * 4;
+      T* target = tensor + targets.offset[h];
       FASTNA_UNROLL
       for (int c = 0; c < D_TILES; c += 2) {
         const u32 even_chunk = pack2<T>(d[c][2 * h] * factor, d[c][2 * h + 1] * factor);
         const u32 odd_chunk = pack2<T>(d[c + 1][2 * h] * factor, d[c + 1][2 * h + 1] * factor);
-        const u32 received = shuffle_xor(odd != 0 ? even_chunk : odd_chunk, 1);
-        const uint2 half = odd != 0 ? uint2{received, odd_chunk} : uint2{even_chunk, received};
-        if (valid) *reinterpret_cast<uint2*>(target + c * 8) = half;
+        const u32 received = shuffle_xor(odd ? even_chunk : odd_chunk, 1);
+        const uint2 half = odd ? uint2{received, odd_chunk} : uint2{even_chunk, received};
+        if (targets.valid[h]) *reinterpret_cast<uint2*>(target + c * 8) = half;
       }
     }
   }
@@ -245,7 +248,7 @@ struct StripBackward {
         Products::multiply(dq, ds, right.transposed());
       }
     }
-    Products::store(dq, args.geometry.scale, memory.view(GRAD_QUERY), own, column, column + 1, walk.columns.end);
+    Products::store(dq, args.geometry.scale, gradient(GRAD_QUERY), targets(own, column, column + 1));
   }
 
   // The gradients of the keys and values of `own` rows in columns `column`, `column` + 1. Near a border more than 8 query columns may
@@ -307,8 +310,18 @@ struct StripBackward {
         Products::multiply(dv, p, transposed ^ Config::SECOND);
       }
     }
-    Products::store(dk, args.geometry.scale, memory.view(GRAD_KEY), own, column + 1, column, walk.columns.end);
-    Products::store(dv, 1.0f, memory.view(GRAD_VALUE), own, column + 1, column, walk.columns.end);
+    const StripTargets to = targets(own, column + 1, column);
+    Products::store(dk, args.geometry.scale, gradient(GRAD_KEY), to);
+    Products::store(dv, 1.0f, gradient(GRAD_VALUE), to);
+  }
+
+  FASTNA_DEVICE T* gradient(StripTensor tensor) const { return static_cast<T*>(args.tensors[tensor].data); }
+  FASTNA_DEVICE StripTargets targets(Interval own, int upper, int lower) const {
+    const StripGradientPlace place = *memory.gradient_place();
+    const int lane = lane_index(), row = own.begin + (lane >> 2);
+    const i64 in_row = place.origin + static_cast<i64>(row) * place.row + (lane & 1) * 8 + (lane & 2) * 2;
+    return {{in_row + static_cast<i64>(upper) * place.column, in_row + static_cast<i64>(lower) * place.column},
+            {row < own.end && upper < walk.columns.end, row < own.end && lower < walk.columns.end}};
   }
 
   FASTNA_DEVICE static void start_from(float (&s)[4], float4 initial) {

@@ -50,6 +50,12 @@ struct StripBackwardConfig {
   static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
 };
 
+// Where a block's map lies in the gradients, which share one layout.
+struct StripGradientPlace {
+  i64 origin;
+  int row, column;
+};
+
 // The axis of a strip problem inside a dilation group.
 template <int WINDOW>
 struct SlidingAxis {
@@ -65,10 +71,12 @@ struct StripBackwardMemory {
 
   FASTNA_DEVICE explicit StripBackwardMemory(const StripBackwardArguments& args)
       : start(dynamic_shared<u8>()), ring_bytes(args.ring_rows * args.pitch * Config::TOKEN), tokens(args.ring_rows * args.pitch), row_count(args.walk_rows) {}
-  // The block's map in each tensor: worked out once, and too many to keep in registers.
+  // The block's map in each operand: worked out once, and too many to keep in registers.
   FASTNA_DEVICE MapView<typename Config::T>* views() const { return reinterpret_cast<MapView<typename Config::T>*>(row_places() + row_count); }
   FASTNA_DEVICE MapView<typename Config::T> view(StripTensor tensor) const { return views()[tensor]; }
-  FASTNA_DEVICE MapView<const float>* lse_view() const { return reinterpret_cast<MapView<const float>*>(views() + STRIP_TENSORS); }
+  // The same for all gradients: offset of position (0, 0) from the tensor's start, and strides.
+  FASTNA_DEVICE StripGradientPlace* gradient_place() const { return reinterpret_cast<StripGradientPlace*>(views() + GRAD_QUERY); }
+  FASTNA_DEVICE MapView<const float>* lse_view() const { return reinterpret_cast<MapView<const float>*>(gradient_place() + 1); }
   template <class Walk>
   FASTNA_DEVICE Walk* walk() const {
     static_assert(sizeof(Walk) <= 64, "the host counts 64 bytes");
@@ -145,9 +153,12 @@ struct StripBackwardLoader {
 
   FASTNA_DEVICE void fill_views() const {
     const int tensor = thread_index();
-    if (tensor < STRIP_TENSORS) {
+    if (tensor < GRAD_QUERY) {
       memory.views()[tensor] = map_view<T>(args.tensors[tensor], args.geometry, walk.place, walk.place.batch, walk.place.head);
-    } else if (tensor == STRIP_TENSORS) {
+    } else if (tensor == GRAD_QUERY) {
+      const MapView<T> view = map_view<T>(args.tensors[GRAD_QUERY], args.geometry, walk.place, walk.place.batch, walk.place.head);
+      *memory.gradient_place() = {view.origin - static_cast<T*>(args.tensors[GRAD_QUERY].data), view.row, view.column};
+    } else if (tensor == GRAD_QUERY + 1) {
       const AxisArguments &row_axis = args.geometry.axis[1], &column_axis = args.geometry.axis[2];
       const int heads = args.geometry.heads, width = column_axis.length;
       const i64 row = static_cast<i64>(walk.place.batch) * row_axis.length + walk.place.row_group;
@@ -218,44 +229,50 @@ struct StripBackwardLoader {
   // Waits for the thread's copies and computes the statistics of the same rows: a thread reads the chunks that it copied itself. The
   // first loads of the output are under way while it waits.
   FASTNA_DEVICE void finish(Interval rows) const {
-    constexpr int BATCH = 4;
+    constexpr int BATCH = 4, STEP = WARP / Config::CHUNKS;
     const MapView<T> output = memory.view(OUTPUT);
-    const int total = args.pitch * Config::CHUNKS;
-    const int lane = lane_index(), chunk = lane % Config::CHUNKS;
     const MapView<const float> lse_view = *memory.lse_view();
+    const int chunk = lane_index() % Config::CHUNKS, first = lane_index() / Config::CHUNKS;
+    const int columns = walk.stored_columns.size();
     for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
       const u32 slot = row % args.ring_rows;
-      for (int base = 0; base < total; base += BATCH * WARP) {
+      const T* source = output.at(row, walk.stored_columns.begin + first) + chunk * 8;
+      const float* lse_source = lse_view.at(row, walk.stored_columns.begin + first);
+      u32 at = (slot * args.pitch + first) * Config::TOKEN + ((chunk ^ ((first ^ slot) & 7)) << 4);
+      float2* statistics = memory.statistics() + slot * args.pitch;
+#pragma unroll 1
+      for (int base = first; any_in_warp(base < columns); base += BATCH * STEP) {
         uint4 values[BATCH];
-        float lse[BATCH], grad_lse[BATCH];
+        float lse[BATCH];
         FASTNA_UNROLL
         for (int n = 0; n < BATCH; ++n) {
-          const int at = walk.stored_columns.begin + (base + n * WARP + lane) / Config::CHUNKS;
           values[n] = {0, 0, 0, 0};
-          lse[n] = grad_lse[n] = 0.0f;
-          if (at < walk.stored_columns.end) {
-            values[n] = load_readonly(reinterpret_cast<const uint4*>(output.at(row, at) + chunk * 8));
-            if (chunk == 0) {
-              const float* source = lse_view.at(row, at);
-              lse[n] = load_readonly(source);
-              if (args.grad_lse != nullptr) grad_lse[n] = load_readonly(args.grad_lse + (source - args.lse));
-            }
+          lse[n] = 0.0f;
+          if (base + n * STEP < columns) {
+            values[n] = load_readonly(reinterpret_cast<const uint4*>(source));
+            lse[n] = load_readonly(lse_source);
           }
+          source += STEP * output.column;
+          lse_source += STEP * lse_view.column;
         }
         wait_copies<0>();
         FASTNA_UNROLL
         for (int n = 0; n < BATCH; ++n) {
-          const int column = (base + n * WARP + lane) / Config::CHUNKS;
+          const int column = base + n * STEP;
+          const bool valid = column < columns;
           float delta = 0.0f;
-          if (column < args.pitch) {
-            const u32 at = (slot * args.pitch + column) * Config::TOKEN + ((chunk ^ ((column ^ slot) & 7)) << 4);
+          if (valid) {
             const uint4 grad = *reinterpret_cast<const uint4*>(memory.start + memory.ring_bytes + (at ^ Config::SECOND));
             delta = dot(values[n].x, grad.x) + dot(values[n].y, grad.y) + (dot(values[n].z, grad.z) + dot(values[n].w, grad.w));
           }
+          at = (at + STEP * Config::TOKEN) ^ (STEP & 4) << 4;
           FASTNA_UNROLL
           for (int distance = 1; distance < Config::CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
-          if (chunk == 0 && column < args.pitch) {
-            memory.statistics()[slot * args.pitch + column] = {lse[n] * LOG2_E, delta - grad_lse[n]};
+          if (valid && chunk == 0) {
+            if (args.grad_lse != nullptr) {
+              delta -= load_readonly(args.grad_lse + (lse_view.at(row, walk.stored_columns.begin + column) - args.lse));
+            }
+            statistics[column] = {lse[n] * LOG2_E, delta};
           }
         }
       }
