@@ -103,6 +103,6 @@ class Workers:
 
 
 def _end(process: Any, connection: Connection) -> None:
-    connection.close()
     process.kill()
     process.join(STOP_SECONDS)
+    connection.close()
