@@ -30,6 +30,10 @@ MAX_BIAS_WINDOW_ROWS = 8
 BIAS_LINES_BEFORE = 8
 STEP_ROWS = 8
 PRODUCT_COLUMNS = 8
+STEP_BYTES = 160
+SWEEPS_BYTES = 4 * 48
+"""Tables of a step, and of a pair of columns: StripStep, and StripSweep in two phases of up to two."""
+
 BLOCK_RESERVE = 1024
 """Shared memory that a block takes besides its own; an SM has as much more than one block may have."""
 
@@ -252,13 +256,14 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
         min_blocks=tile.blocks,
     )
     lines, offsets = 2 * row_axis.window - 1, 2 * column_axis.window - 1
-    # StripBackwardMemory: rings, lse and delta, the bias, the warps' sums of its gradient, row places, views, the walk.
+    # StripBackwardMemory: rings, lse and delta, the bias, the warps' sums of its gradient, row places, views, the walk,
+    # two steps, sweeps.
     shared_bytes = ring_rows * pitch * 8 * problem.head_dim + _round_up(ring_rows * pitch * 8, 16)
     if problem.has_rpb:
         shared_bytes += (lines + 2 * BIAS_LINES_BEFORE) * (2 * column_axis.window + 1) * 16
     if needs_rpb_grad:
         shared_bytes += _round_up(tile.warps * lines * offsets, 4) * 4
-    shared_bytes += walk_rows * 8 + 7 * 16 + 64
+    shared_bytes += walk_rows * 8 + 7 * 16 + 64 + 2 * STEP_BYTES + tile_columns // 2 * SWEEPS_BYTES
     return Plan(
         source=source,
         grid=problem.batch * problem.heads * row_axis.dilation * column_axis.dilation * tiles * chunks,

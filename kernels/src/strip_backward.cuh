@@ -13,22 +13,6 @@
 
 namespace fastna {
 
-// What a lane 4 g + q knows of its part of a 16 x 8 product, for the two token columns h = 0, 1 of the left operand.
-struct StripMask {
-  u32 columns[2];  // the right columns 2 q (low half) and 2 q + 1 in reach of left column h, as 16-bit masks
-  u32 rows;        // right rows in reach of left row g; the highest bit is the sweep's first row
-
-  FASTNA_DEVICE static u32 row_bits(Interval reach, Interval sweep) {
-    return ((1u << reach.size()) - 1) << (32 - (reach.end - sweep.begin));
-  }
-  FASTNA_DEVICE static u32 column_bits(Interval reach, int low, int high, int least) {
-    const Interval visible = {maximum(reach.begin, least), reach.end};
-    return (visible.contains(low) ? 0xffffu : 0u) | (visible.contains(high) ? 0xffff0000u : 0u);
-  }
-  // All ones if row `n` of those that `rows` begins with is in reach.
-  FASTNA_DEVICE static u32 row(u32 rows, int n) { return static_cast<u32>(static_cast<int>(rows << n) >> 31); }
-};
-
 // What a lane writes of 16 tokens: for the left operand's two columns, elements from a gradient's start, and whether there are any.
 struct StripTargets {
   i64 offset[2];
@@ -41,11 +25,11 @@ struct StripProducts {
   static constexpr int K_STEPS = Config::K_STEPS;
   static constexpr int D_TILES = Config::CHUNKS;
 
-  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand: columns `upper` and `lower` of the `rows` rows at `places`.
-  FASTNA_DEVICE static u32 left_address(u32 ring, const uint2* places, int rows, int upper, int lower) {
+  // 16 tokens of a ring's first tensor (second: flip SECOND) as left operand: a step's rows of two columns.
+  FASTNA_DEVICE static u32 left_address(u32 ring, const StripStep& step, int upper, int lower) {
     const int lane = lane_index();
     const int at = (lane & 8) == 0 ? upper : lower;
-    return (places[minimum(lane & 7, rows - 1)].x + ring + at * Config::TOKEN) ^ (((lane >> 4) ^ (at & 7)) << 4);
+    return (step.rows[lane & 7].left + ring + at * Config::TOKEN) ^ (((lane >> 4) ^ (at & 7)) << 4);
   }
   FASTNA_DEVICE static void load_left(u32 (&a)[K_STEPS][4], u32 address) {
     FASTNA_UNROLL
@@ -174,11 +158,8 @@ struct StripBackward {
   const Walk& walk;
   const StripBackwardMemory<Config>& memory;
 
-  // First of the 8 stored columns multiplied when those from map column `column` are wanted.
-  FASTNA_DEVICE int stored_column(int column) const {
-    return minimum(column - walk.stored_columns.begin, args.pitch - KEY_COLUMNS);
-  }
-  FASTNA_DEVICE const uint2* places_from(int row) const { return memory.row_places() + (row - walk.first_row + 1); }
+  // All ones if row `n` of those that `rows` begins with is in reach.
+  FASTNA_DEVICE static u32 row_mask(u32 rows, int n) { return static_cast<u32>(static_cast<int>(rows << n) >> 31); }
   // The lane's entry of the bias for the offsets (key - query) of its first right row and column.
   FASTNA_DEVICE const float4* bias(int row_offset, int column_offset) const {
     const int line = row_offset + Config::WINDOW_ROWS - 1 + Config::BIAS_LINES_BEFORE;
@@ -189,42 +170,34 @@ struct StripBackward {
     return *reinterpret_cast<const float2*>(memory.statistics_bytes() + row_place + column * 8);
   }
 
-  // The gradient of the queries of `own` rows in columns `column`, `column` + 1.
-  FASTNA_DEVICE void queries(Interval own, int column, StripBiasGradient<Config>& bias_gradient) const {
+  // The gradient of the queries of the step's rows `own` in a pair of columns.
+  FASTNA_DEVICE void queries(const StripStep& step, Interval own, int pair, StripBiasGradient<Config>& bias_gradient) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
     const float scale2 = args.geometry.scale * LOG2_E;
-    const int second = minimum(column + 1, walk.columns.end - 1);
-    const Interval key_rows = Walk::whole_pairs(walk.keys_of_rows(own));
-    const Interval key_columns = walk.keys_of_columns({column, second + 1});
-    const uint2* places = places_from(key_rows.begin);
+    const StripSweep* sweep = memory.sweeps(pair, 0);
+    const StripStep::Row row = step.rows[g];
+    const StripStep::Sweep key_rows = step.keys;
 
     u32 query[Config::K_STEPS][4], grad[Config::K_STEPS][4];
-    const int local = column - walk.stored_columns.begin, local_second = second - walk.stored_columns.begin;
-    const u32 left = Products::left_address(memory.ring(1), places_from(own.begin), own.size(), local, local_second);
+    const u32 left = Products::left_address(memory.ring(1), step, sweep->upper, sweep->lower);
     Products::load_left(query, left);
     Products::load_left(grad, left ^ Config::SECOND);
-    const int row = minimum(own.begin + g, own.end - 1);
-    const u32 row_place = places_from(row)->y;
-    const float2 of0 = statistics(row_place, local), of1 = statistics(row_place, local_second);
+    const float2 of0 = statistics(row.statistics, sweep->upper), of1 = statistics(row.statistics, sweep->lower);
     const float lse0 = of0.x, lse1 = of1.x;
     const float4 minus_delta = {-of0.y, -of0.y, -of1.y, -of1.y};
 
-    StripMask mask;
-    mask.rows = own.begin + g < own.end ? StripMask::row_bits(window_at(typename Walk::RowAxis{}, row, walk.place.rows), key_rows) : 0;
-
     float dq[Products::D_TILES][4] = {};
-    for (int start = key_columns.begin; start < key_columns.end; start += KEY_COLUMNS) {
-      const int stored = stored_column(start), first = stored + walk.stored_columns.begin;
-      const int low = first + 2 * q;
-      mask.columns[0] = StripMask::column_bits(walk.keys_of_columns({column, column + 1}), low, low + 1, start);
-      mask.columns[1] = second == column ? 0 : StripMask::column_bits(walk.keys_of_columns({second, second + 1}), low, low + 1, start);
-      typename Products::Right right(memory.ring(0), stored, false, places);
-      const float4* initial = bias(key_rows.begin - own.begin - g, low - column);
-      if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(key_rows.begin - own.begin + Config::WINDOW_ROWS - 1, first - column);
-      u32 visible = mask.rows;
+    for (bool more = true; more; ++sweep) {
+      const int stored = sweep->stored, distance = stored - sweep->upper;
+      const uint2 columns = sweep->masks[q];
+      more = sweep->more != 0;
+      typename Products::Right right(memory.ring(0), stored, false, memory.row_places() + key_rows.place);
+      const float4* initial = bias(key_rows.offset - g, distance + 2 * q);
+      if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(key_rows.offset + Config::WINDOW_ROWS - 1, distance);
+      u32 visible = row.keys;
 
 #pragma unroll 1
-      for (int j = 0; j < key_rows.size(); j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE, right.next_rows()) {
+      for (int j = 0; j < key_rows.rows; j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE, right.next_rows()) {
         const u32 plain = right.plain();
         float s[2][4] = {}, dp[2][4];
         u32 ds[4];
@@ -237,54 +210,46 @@ struct StripBackward {
         Products::multiply_transposed(dp, grad, plain ^ Config::SECOND);
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const u32 rows = StripMask::row(visible, n);
+          const u32 rows = row_mask(visible, n);
           // Masked as bits: a score outside the window may overflow, and infinity times anything is not zero.
           ds[2 * n] = pack2<T>(exp2_approx(s[n][0] * scale2 - lse0) * dp[n][0], exp2_approx(s[n][1] * scale2 - lse0) * dp[n][1]) &
-                      mask.columns[0] & rows;
+                      columns.x & rows;
           ds[2 * n + 1] = pack2<T>(exp2_approx(s[n][2] * scale2 - lse1) * dp[n][2], exp2_approx(s[n][3] * scale2 - lse1) * dp[n][3]) &
-                          mask.columns[1] & rows;
+                          columns.y & rows;
         }
         if constexpr (Config::RPB_GRADIENT) bias_gradient.add(ds, j);
         Products::multiply(dq, ds, right.transposed());
       }
     }
+    const int column = walk.columns.begin + pair * QUERY_COLUMNS;
     Products::store(dq, args.geometry.scale, gradient(GRAD_QUERY), targets(own, column, column + 1));
   }
 
-  // The gradients of the keys and values of `own` rows in columns `column`, `column` + 1. Near a border more than 8 query columns may
-  // reach them: a second sweep then, over the rest. Both operands take their columns backwards: offsets are key - query, so that
-  // the bias then comes in the order in which the queries want it.
-  FASTNA_DEVICE void keys(Interval own, int column) const {
+  // The gradients of the keys and values of the step's rows `own` in a pair of columns, its second first. Near a border more than 8
+  // query columns may reach them: a second sweep then, over the rest.
+  FASTNA_DEVICE void keys(const StripStep& step, Interval own, int pair) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
     const float scale2 = args.geometry.scale * LOG2_E;
-    const int second = minimum(column + 1, walk.columns.end - 1);
-    const Interval query_rows = Walk::whole_pairs(walk.queries_of_rows(own));
-    const Interval query_columns = walk.queries_of_columns({column, second + 1});
-    const uint2* places = places_from(query_rows.begin);
+    const StripSweep* sweep = memory.sweeps(pair, 1);
+    const StripStep::Sweep query_rows = step.queries;
 
     u32 key[Config::K_STEPS][4], value[Config::K_STEPS][4];
-    const int local = column - walk.stored_columns.begin, local_second = second - walk.stored_columns.begin;
-    const u32 left = Products::left_address(memory.ring(0), places_from(own.begin), own.size(), local_second, local);
+    const u32 left = Products::left_address(memory.ring(0), step, sweep->upper, sweep->lower);
     Products::load_left(key, left);
     Products::load_left(value, left ^ Config::SECOND);
 
-    StripMask mask;
-    const Interval reach = queries_at(typename Walk::RowAxis{}, minimum(own.begin + g, own.end - 1), walk.place.rows);
-    mask.rows = own.begin + g < own.end ? StripMask::row_bits(reach, query_rows) : 0;
-
     float dk[Products::D_TILES][4] = {}, dv[Products::D_TILES][4] = {};
-    for (int start = query_columns.begin; start < query_columns.end; start += KEY_COLUMNS) {
-      const int stored = stored_column(start), first = stored + walk.stored_columns.begin;
-      const int low = first + 7 - 2 * q, local_low = stored + 7 - 2 * q;
-      mask.columns[0] = StripMask::column_bits(walk.queries_of_columns({second, second + 1}), low, low - 1, start);
-      mask.columns[1] = StripMask::column_bits(walk.queries_of_columns({column, column + 1}), low, low - 1, start);
-      typename Products::Right right(memory.ring(1), stored, true, places);
-      const float4* initial = bias(own.begin + g - query_rows.begin, column + 1 - low);
-      const uint2* place = places;
-      u32 visible = mask.rows;
+    for (bool more = true; more; ++sweep) {
+      const int stored = sweep->stored, local_low = stored + 7 - 2 * q;
+      const uint2 columns = sweep->masks[q];
+      more = sweep->more != 0;
+      const uint2* place = memory.row_places() + query_rows.place;
+      typename Products::Right right(memory.ring(1), stored, true, place);
+      const float4* initial = bias(g - query_rows.offset, sweep->lower + 1 - local_low);
+      u32 visible = step.rows[g].queries;
 
 #pragma unroll 1
-      for (int i = 0; i < query_rows.size(); i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE, place += 2, right.next_rows()) {
+      for (int i = 0; i < query_rows.rows; i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE, place += 2, right.next_rows()) {
         const u32 plain = right.plain();
         float s[2][4] = {}, dp[2][4] = {};
         u32 p[4], ds[4];
@@ -299,17 +264,18 @@ struct StripBackward {
           const float2 of0 = statistics(place[n].y, local_low), of1 = statistics(place[n].y, local_low - 1);
           const float p0 = exp2_approx(s[n][0] * scale2 - of0.x), p1 = exp2_approx(s[n][1] * scale2 - of1.x);
           const float p2 = exp2_approx(s[n][2] * scale2 - of0.x), p3 = exp2_approx(s[n][3] * scale2 - of1.x);
-          const u32 rows = StripMask::row(visible, n);
-          p[2 * n] = pack2<T>(p0, p1) & mask.columns[0] & rows;
-          p[2 * n + 1] = pack2<T>(p2, p3) & mask.columns[1] & rows;
-          ds[2 * n] = pack2<T>(p0 * (dp[n][0] - of0.y), p1 * (dp[n][1] - of1.y)) & mask.columns[0] & rows;
-          ds[2 * n + 1] = pack2<T>(p2 * (dp[n][2] - of0.y), p3 * (dp[n][3] - of1.y)) & mask.columns[1] & rows;
+          const u32 rows = row_mask(visible, n);
+          p[2 * n] = pack2<T>(p0, p1) & columns.x & rows;
+          p[2 * n + 1] = pack2<T>(p2, p3) & columns.y & rows;
+          ds[2 * n] = pack2<T>(p0 * (dp[n][0] - of0.y), p1 * (dp[n][1] - of1.y)) & columns.x & rows;
+          ds[2 * n + 1] = pack2<T>(p2 * (dp[n][2] - of0.y), p3 * (dp[n][3] - of1.y)) & columns.y & rows;
         }
         const u32 transposed = right.transposed();
         Products::multiply(dk, ds, transposed);
         Products::multiply(dv, p, transposed ^ Config::SECOND);
       }
     }
+    const int column = walk.columns.begin + pair * QUERY_COLUMNS;
     const StripTargets to = targets(own, column + 1, column);
     Products::store(dk, args.geometry.scale, gradient(GRAD_KEY), to);
     Products::store(dv, 1.0f, gradient(GRAD_VALUE), to);
@@ -351,6 +317,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
 
   loader.fill_views();
   loader.fill_row_places();
+  loader.fill_sweeps();
   loader.clear_rings();
   if constexpr (Config::HAS_RPB) loader.fill_bias();
   if constexpr (Config::RPB_GRADIENT) {
@@ -358,7 +325,7 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     for (int i = thread_index(); i < Config::WARPS * Config::OFFSETS; i += THREADS) memory.bias_gradient()[i] = 0.0f;
   }
 
-  int item = warp_index();
+  int item = warp_index(), parity = 0;
   // Whether the ring has room for the rows of the step from `row`, one before them (see whole_pairs) and those of the next, which then come in while this one's are used.
   const auto has_room = [&](int row) {
     const Interval next = walk.step(row + args.step_rows, args.step_rows);
@@ -374,6 +341,9 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
       sync_threads();  // the rows that these replace have been used
       loader.issue(fresh);
     }
+    StripStep& step = *memory.step(parity);
+    parity ^= 1;
+    loader.fill_step(step, own);
     loader.finish(fresh);
     sync_threads();
     if (has_room(row)) loader.issue({fresh.end, walk.needed_rows(walk.step(row + args.step_rows, args.step_rows)).end});
@@ -382,11 +352,11 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
     {
       StripBiasGradient<Config> bias_gradient(memory.bias_gradient() + warp_index() * Config::OFFSETS);
       for (; item < pairs; item += Config::WARPS) {
-        backward.queries(own, walk.columns.begin + item * QUERY_COLUMNS, bias_gradient);
+        backward.queries(step, own, item, bias_gradient);
       }
       if constexpr (Config::RPB_GRADIENT) bias_gradient.flush();
     }
-    for (; item < 2 * pairs; item += Config::WARPS) backward.keys(own, walk.columns.begin + (item - pairs) * QUERY_COLUMNS);
+    for (; item < 2 * pairs; item += Config::WARPS) backward.keys(step, own, item - pairs);
     item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
   }
 

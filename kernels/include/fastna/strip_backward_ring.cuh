@@ -63,6 +63,25 @@ struct SlidingAxis {
   static constexpr bool causal = false;
 };
 
+// What products ask of the window arithmetic, answered once for all warps: per step what depends on rows ...
+struct alignas(16) StripStep {
+  struct Row {
+    u32 left, statistics;  // row place, see StripBackwardMemory
+    u32 keys, queries;     // right rows in reach; the highest bit is the sweep's first row
+  };
+  struct Sweep {
+    int place, rows, offset, unused;  // first row place, row count, first right row counted from the step's first
+  };
+  Row rows[8];
+  Sweep keys, queries;
+};
+// ... and per block what depends on columns: a pair of left columns meets 8 right columns at a time, at most twice.
+struct alignas(16) StripSweep {
+  int stored, upper, lower, more;  // first right column, and the left ones, counted from the first stored; whether another sweep follows
+  uint2 masks[4];                  // per lane q, for the upper and the lower column: the right columns 2 q (low half) and 2 q + 1 in reach
+};
+constexpr int SWEEPS = 2;
+
 // Where things begin in dynamic shared memory; kernels/cuda/strip_backward.py adds up the same sizes.
 template <class Config>
 struct StripBackwardMemory {
@@ -81,6 +100,12 @@ struct StripBackwardMemory {
   FASTNA_DEVICE Walk* walk() const {
     static_assert(sizeof(Walk) <= 64, "the host counts 64 bytes");
     return reinterpret_cast<Walk*>(lse_view() + 1);
+  }
+  // One for even and one for odd steps: the next is written while some warps still use the last.
+  FASTNA_DEVICE StripStep* step(int parity) const { return reinterpret_cast<StripStep*>(reinterpret_cast<u8*>(lse_view() + 1) + 64) + parity; }
+  // Of a pair of columns: as queries (phase 0) or as keys (1).
+  FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const {
+    return reinterpret_cast<StripSweep*>(step(2)) + (pair * 2 + phase) * SWEEPS;
   }
   // Ring 0 or 1, in the shared address space.
   FASTNA_DEVICE u32 ring(int index) const { return shared_address(start) + index * ring_bytes; }
@@ -172,6 +197,54 @@ struct StripBackwardLoader {
     for (int i = thread_index(); i < count; i += Config::WARPS * WARP) {
       const u32 slot = (walk.first_row - 1 + i + args.ring_rows) % args.ring_rows;
       memory.row_places()[i] = {slot * args.pitch * Config::TOKEN + (slot & 7) * 16, slot * args.pitch * 8};
+    }
+  }
+
+  // What the products of the step with rows `own` need to know: the work of a few lanes of the last warp.
+  FASTNA_DEVICE void fill_step(StripStep& step, Interval own) const {
+    const int g = thread_index() - (Config::WARPS - 1) * WARP;
+    if (g < 0 || g >= 8) return;
+    using Walk = StripBackwardWalk<Config>;
+    const Interval keys = Walk::whole_pairs(walk.keys_of_rows(own)), queries = Walk::whole_pairs(walk.queries_of_rows(own));
+    const int row = minimum(own.begin + g, own.end - 1);
+    const uint2 place = memory.row_places()[row - walk.first_row + 1];
+    const auto bits = [&](Interval reach, Interval sweep) {
+      return own.begin + g < own.end ? ((1u << reach.size()) - 1) << (32 - (reach.end - sweep.begin)) : 0;
+    };
+    step.rows[g] = {place.x, place.y, bits(walk.keys_of_rows({row, row + 1}), keys), bits(walk.queries_of_rows({row, row + 1}), queries)};
+    if (g == 0) {
+      step.keys = {keys.begin - walk.first_row + 1, keys.size(), keys.begin - own.begin, 0};
+      step.queries = {queries.begin - walk.first_row + 1, queries.size(), queries.begin - own.begin, 0};
+    }
+  }
+
+  // Keys take their columns and those of their queries backwards: offsets are key - query, so that the bias then comes in the order
+  // in which the queries want it.
+  FASTNA_DEVICE void fill_sweeps() const {
+    const int pairs = ceil_div(walk.columns.size(), QUERY_COLUMNS), origin = walk.stored_columns.begin;
+    for (int i = thread_index(); i < pairs * 2 * 4; i += Config::WARPS * WARP) {
+      const int pair = i / 8, phase = i / 4 % 2, q = i % 4;
+      const int column = walk.columns.begin + pair * QUERY_COLUMNS, second = minimum(column + 1, walk.columns.end - 1);
+      const Interval first = phase == 0 ? walk.keys_of_columns({column, column + 1}) : walk.queries_of_columns({column, column + 1});
+      const Interval last = phase == 0 ? walk.keys_of_columns({second, second + 1}) : walk.queries_of_columns({second, second + 1});
+      for (int n = 0; n < SWEEPS; ++n) {
+        const int begin = first.begin + n * KEY_COLUMNS, end = last.end;
+        const int stored = minimum(begin - origin, args.pitch - KEY_COLUMNS);
+        const int low = stored + origin + (phase == 0 ? 2 * q : 7 - 2 * q), high = phase == 0 ? low + 1 : low - 1;
+        const auto bits = [=](Interval reach) {
+          const Interval visible = {maximum(reach.begin, begin), reach.end};  // not twice
+          return (visible.contains(low) ? 0xffffu : 0u) | (visible.contains(high) ? 0xffff0000u : 0u);
+        };
+        StripSweep& sweep = memory.sweeps(pair, phase)[n];
+        const u32 of_first = bits(first), of_last = second == column && phase == 0 ? 0 : bits(last);
+        sweep.masks[q] = phase == 0 ? uint2{of_first, of_last} : uint2{of_last, of_first};
+        if (q == 0) {
+          sweep.stored = stored;
+          sweep.upper = (phase == 0 ? column : second) - origin;
+          sweep.lower = (phase == 0 ? second : column) - origin;
+          sweep.more = begin + KEY_COLUMNS < end;
+        }
+      }
     }
   }
 
