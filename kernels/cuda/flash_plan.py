@@ -132,6 +132,7 @@ def plan_forward(problem: Problem, arithmetic: Arithmetic, vector: int) -> Plan:
         "FlashForwardArguments",
         choice.threads,
         _min_blocks(choice, blocks),
+        shared_bytes,
     )
     return Plan(choice, source, shared_bytes)
 
@@ -158,6 +159,7 @@ def plan_query_gradient(problem: Problem, arithmetic: Arithmetic, vector: int, n
         "FlashQueryGradientArguments",
         choice.threads,
         _min_blocks(choice, 2 if widest <= 256 else 1),
+        shared_bytes,
     )
     return Plan(choice, source, shared_bytes)
 
@@ -194,6 +196,7 @@ def plan_key_gradient(
         "FlashKeyGradientArguments",
         choice.threads,
         _min_blocks(choice, 2 if widest <= 256 else 1),
+        shared_bytes,
     )
     return Plan(choice, source, shared_bytes)
 

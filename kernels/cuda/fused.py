@@ -10,14 +10,12 @@ Families, in order; each may serve the forward pass, the backward pass, or both:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from types import ModuleType
 
 from torch import Tensor
 
 from kernels.backend import Gradients, Operands
 from kernels.cuda import block, flash, hopper, hopper_backward, runtime, strip, strip_backward
-from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
 FORWARD: tuple[ModuleType, ...] = (block, strip, hopper, flash)
@@ -74,9 +72,3 @@ def backward_families(problem: Problem) -> tuple[ModuleType, ...]:
 
 
 BACKEND = Fused()
-
-
-def representative_sources() -> Iterable[KernelSource]:
-    """Kernels of every family that must compile without a spill."""
-    for family in dict.fromkeys((*FORWARD, *BACKWARD)):
-        yield from family.representative_sources()
