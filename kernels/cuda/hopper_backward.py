@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,15 +55,27 @@ STATISTICS = 4  # floats per query
 _STATISTICS_THREADS = 256
 
 
-def most_columns(head_dim: int, keys: bool) -> tuple[int, int]:
-    """Warpgroups of a block, and the largest box of columns that fits registers, where rows are queries or keys.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Warpgroups of a block, the largest box of columns, and whether products queue: see HopperGradientConfig.
 
     A thread holds, of its 64 rows, one or two gradients (head_dim / 2 registers each), and of a box its scores, their
-    slopes (columns / 2 each), and what is multiplied in a second product (columns / 4 each).
+    slopes (columns / 2 each), and what is multiplied in a second product (columns / 4 each); the last two not at once
+    where products do not queue.
     """
-    if keys:
-        return 2, 112 if head_dim <= 32 else 96 if head_dim <= 64 else 64 if head_dim <= 96 else 48
-    return 2, 128 if head_dim <= 64 else 112 if head_dim <= 96 else 96
+
+    groups: int
+    columns: int
+    queued: bool
+
+
+def shape_of(head_dim: int, keys: bool) -> Shape:
+    """What registers and shared memory allow, where rows are queries or keys."""
+    if not keys:
+        return Shape(2, 128 if head_dim <= 64 else 112, queued=head_dim < 128)
+    if head_dim <= 64:
+        return Shape(2, 112, queued=head_dim <= 32)
+    return Shape(2, 96 if head_dim <= 96 else 64, queued=False)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -84,10 +97,11 @@ def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
 
 
 def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, keys: bool) -> KernelSource:
+    queued = str(shape_of(head_dim, keys).queued).lower()
     return KernelSource(
         "src/hopper_gradient.cuh",
         "hopper_gradient",
-        f"HopperGradientConfig<{tiles.config(dtype, head_dim, inverse=keys)}, {tiles.registers}>",
+        f"HopperGradientConfig<{tiles.config(dtype, head_dim, inverse=keys)}, {tiles.registers}, {queued}>",
         "HopperGradientArguments",
         tiles.threads,
         tiles.resident,
@@ -132,7 +146,8 @@ def _statistics_plan(
 @functools.lru_cache(maxsize=1024)
 def _plan(problem: Problem, keys: bool, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
     axes = arguments.padded_axes(problem)
-    tiles = choose_tiles(axes, *most_columns(problem.head_dim, keys), stages=3, inverse=keys)
+    shape = shape_of(problem.head_dim, keys)
+    tiles = choose_tiles(axes, shape.groups, shape.columns, stages=3, inverse=keys)
     counts = tiles.counts(axes)
     heads = problem.key_heads if keys else problem.heads
     grad = arguments.pack_tensor(grad_strides, problem.rank)
@@ -199,8 +214,9 @@ def representative_sources() -> Iterable[KernelSource]:
         yield _statistics_source(dtype, 128)
         for head_dim in (32, 64, 96, 128):
             for keys in (False, True):
-                groups, columns = most_columns(head_dim, keys)
-                yield _source(Tiles((1, 8, 8), (1, 1, groups), (1, columns // 8, 8), 3), dtype, head_dim, keys)
+                shape = shape_of(head_dim, keys)
+                box = (1, shape.columns // 8, 8)
+                yield _source(Tiles((1, 8, 8), (1, 1, shape.groups), box, 3), dtype, head_dim, keys)
         for rows, columns in (((1, 1, 64), (1, 1, 48)), ((8, 8, 1), (6, 1, 8))):
             for keys in (False, True):
                 yield _source(Tiles(rows, (1, 1, 2), columns, 3), dtype, 128, keys)

@@ -24,10 +24,13 @@ struct HopperGradientArguments {
   int tiles[3];  // blocks along each axis of the longest dilation group
 };
 
-template <class Tiles_, int REGISTERS>
+// QUEUED: dp of a box is asked for before the last box's gradients are summed up. It keeps the matrix units busy longer, and costs the
+// registers of the factors of those sums.
+template <class Tiles_, int REGISTERS, bool QUEUED_>
 struct HopperGradientConfig {
   using Tiles = Tiles_;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
+  static constexpr bool QUEUED = QUEUED_;
   static constexpr bool KEYS = Tiles::INVERSE;  // rows are keys
 };
 
@@ -181,7 +184,9 @@ struct HopperGradient {
         release(shared.second_empty[second_stage(walk.step)]);
       }
     };
+    // lse comes with the second half of a box.
     const auto weigh = [&]() {
+      if constexpr (KEYS && !Config::QUEUED) barrier_wait(shared.second_full[second_stage(walk.step)], second_parity(walk.step));
       sight.hide(scores, walk, row, quad);
       FASTNA_UNROLL
       for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * scale - statistic(walk.step, i, 0));
@@ -220,11 +225,12 @@ struct HopperGradient {
         // The weights of this box are computed while the last one's gradients are summed up.
         multiply_first(walk.step);
         add_gradients(last);
-        multiply_second(walk.step);
-        wgmma_wait<KEYS ? 3 : 2>();
+        if constexpr (Config::QUEUED) multiply_second(walk.step);
+        wgmma_wait<(KEYS ? 2 : 1) + Config::QUEUED>();
         weigh();
-        wgmma_wait<1>();
+        wgmma_wait<Config::QUEUED>();
         release_added(last);
+        if constexpr (!Config::QUEUED) multiply_second(walk.step);
         wgmma_wait<0>();
         differentiate();
         last = walk.step;
