@@ -22,6 +22,7 @@ from kernels.problem import Problem
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)
 MAX_WINDOW = (9, 7)
+INT_MAX = 2**31 - 1
 SMALLEST_SCALE = 1e-6
 """Scores start from bias / scale, and from -1e30 where masked."""
 
@@ -46,16 +47,16 @@ _set_pointers = STRIP_FORWARD.pointers("query.data", "key.data", "value.data", "
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one block computes: `8 * row_blocks` query rows by `columns` (even) query columns, by `warps` warps.
+    """How blocks share a call: strips of 8 query rows by `columns` (even) query columns, worked on by `warps` warps.
 
-    The compiler is held to registers that let `resident_warps` run on an SM, if their shared memory does: 12 leave a
-    thread 168 registers, 8 leave 255. Head dim 32 spills a few with 16, head dim 64 with 12 on some architectures.
+    `ahead` slabs of keys and values are on their way while one is worked on. An SM is to hold `resident` blocks: their
+    shared memory must let it, and the compiler is held to registers that do.
     """
 
     columns: int
-    row_blocks: int = 1
-    warps: int = 4
-    resident_warps: int = 12
+    warps: int
+    ahead: int = 1
+    resident: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,13 @@ def why_not(problem: Problem) -> str | None:
         return "strip knows no additional keys"
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"strip needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
-    if _longest_map(problem)[0] * problem.batch * problem.heads * problem.axes[0].dilation > runtime.MAX_GRID:
-        return "strip would need more blocks than a grid has"
+    rows = problem.axes[0]
+    shortest = rows.group_length(rows.dilation - 1)
+    for length in {shortest, rows.group_length(0)}:
+        if length > QUERY_ROWS and rows.window == MAX_WINDOW[0] and length % QUERY_ROWS == 1:
+            return f"strip cannot cut {length} rows so that windows of {rows.window} rows stay near their strip"
+    if _longest_map(problem)[0] * problem.batch * rows.dilation > INT_MAX:
+        return "strip would need longer walks than it can count"
     return None
 
 
@@ -134,7 +140,8 @@ def aligned(tensor: Tensor) -> Tensor:
 def _prepared(
     problem: Problem, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[Plan, bytes]:
-    chosen = plan(problem, choose_tile(problem, runtime.properties(problem.device).shared_memory))
+    device = runtime.properties(problem.device)
+    chosen = plan(problem, choose_tile(problem, device.shared_memory), device.multiprocessors)
     height, width = problem.space
     token = problem.heads * problem.head_dim
     packed = STRIP_FORWARD.pack(
@@ -150,26 +157,27 @@ def _prepared(
 
 
 def choose_tile(problem: Problem, shared_memory: int) -> Tile:
-    """The widest tile, of equal parts of a row, of which an SM holds three: some copy while others multiply.
+    """Equal parts of a row, at most 14 columns, such that a warp has one product of each strip and an SM holds two blocks.
 
-    Where even narrow tiles are too large for three, two or one. `shared_memory` is what a block may have, in bytes; an
-    SM has 1 KiB more, and takes 1 KiB for each block.
+    Where even narrow tiles are too large for two, one. `shared_memory` is what a block may have, in bytes; an SM has
+    1 KiB more, and takes 1 KiB for each block.
     """
     _, columns = _longest_map(problem)
-    resident_warps = 12 if problem.head_dim == 32 else 8
-    tile = Tile(columns=_round_up(columns, 2), resident_warps=resident_warps)
-    for resident in (3, 2, 1):
-        for parts in range(1, -(-columns // KEY_COLUMNS) + 1):
-            tile = Tile(columns=_round_up(-(-columns // parts), 2), resident_warps=resident_warps)
+    tile = None
+    for resident in (2, 1):
+        for parts in range(-(-columns // 14), -(-columns // KEY_COLUMNS) + 1):
+            width = _round_up(-(-columns // parts), 2)
+            tile = Tile(columns=width, warps=width // 2, resident=resident)
             if resident * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
                 return tile
+    assert tile is not None
     return tile
 
 
-def plan(problem: Problem, tile: Tile) -> Plan:
+def plan(problem: Problem, tile: Tile, multiprocessors: int = 1) -> Plan:
     rows, columns = _longest_map(problem)
     row_axis, column_axis = problem.axes
-    strips = -(-rows // (QUERY_ROWS * tile.row_blocks))
+    strips = -(-rows // QUERY_ROWS)
     tiles = -(-columns // tile.columns)
     shared_bytes = _shared_bytes(problem, tile)
     config = instantiate(
@@ -178,10 +186,10 @@ def plan(problem: Problem, tile: Tile) -> Plan:
         problem.rpb_dtype or torch.float32,
         problem.head_dim,
         *problem.window,
-        tile.row_blocks,
         tile.columns,
-        *_stored(problem, tile),
+        _stored_columns(problem, tile),
         _slots(problem, tile),
+        tile.ahead,
         tile.warps,
         problem.has_rpb,
     )
@@ -191,11 +199,11 @@ def plan(problem: Problem, tile: Tile) -> Plan:
         config=config,
         arguments="StripForwardArguments",
         threads=32 * tile.warps,
-        min_blocks=max(1, min(tile.resident_warps // tile.warps, (228 << 10) // (shared_bytes + 1024))),
+        min_blocks=tile.resident,
         shared_bytes=shared_bytes,
     )
-    grid = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation
-    return Plan(source, grid, shared_bytes, tiles, strips)
+    total = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation
+    return Plan(source, min(total, tile.resident * multiprocessors), shared_bytes, tiles, strips)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -212,13 +220,10 @@ def _key_rows(problem: Problem) -> int:
     return (problem.window[0] + QUERY_ROWS) // 2 * 2
 
 
-def _stored(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """Rows and columns of keys in shared memory: all windows of the tile, at most the map, at least one product."""
-    rows, columns = _longest_map(problem)
-    key_rows = _key_rows(problem)
-    stored_rows = max(key_rows, min(key_rows + QUERY_ROWS * (tile.row_blocks - 1), rows))
-    stored_columns = max(KEY_COLUMNS, min(tile.columns + KEY_COLUMNS - 2, columns))
-    return stored_rows, _round_up(stored_columns, 2)
+def _stored_columns(problem: Problem, tile: Tile) -> int:
+    """Columns of keys in shared memory: all windows of the tile, at most the map, at least one product."""
+    _, columns = _longest_map(problem)
+    return _round_up(max(KEY_COLUMNS, min(tile.columns + KEY_COLUMNS - 2, columns)), 2)
 
 
 def _slots(problem: Problem, tile: Tile) -> int:
@@ -237,11 +242,12 @@ def _slots(problem: Problem, tile: Tile) -> int:
 
 def _shared_bytes(problem: Problem, tile: Tile) -> int:
     """StripForwardConfig::SHARED_BYTES."""
-    rows, columns = _stored(problem, tile)
     token = problem.head_dim * 2
-    staging = tile.warps * 2 * 16 * token
+    slabs = (tile.ahead + 2) * 2 * QUERY_ROWS * _stored_columns(problem, tile) * token
+    products = -(-tile.columns // (2 * tile.warps))
+    queries = (tile.ahead + 1) * tile.warps * products * 16 * token
     lines = _slots(problem, tile) * (2 * problem.window[0] - 1) + _key_rows(problem) + 1
-    return 2 * rows * columns * token + staging + lines * 64
+    return slabs + queries + lines * 64
 
 
 def representative_sources() -> Iterable[KernelSource]:
