@@ -18,8 +18,9 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from training.config import ImageNetConfig
-from training.data.folder import ImageFiles, class_folders, scan
+from training.config_data import ImageNetConfig
+from training.data.decode import Decoder
+from training.data.folder import class_folders, scan
 from training.data.images import Selection, Splits
 from training.errors import DataError
 
@@ -28,13 +29,13 @@ def open_imagenet(config: ImageNetConfig) -> Splits:
     """ImageNet-1k; classes are synset identifiers in alphabetical order, as in every published checkpoint."""
     if config.labels is not None:
         return open_evaluation_set(config)
-    root = Path(config.root).expanduser()
+    root, decoder = Path(config.root).expanduser(), Decoder(config.draft)
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise DataError(f"data.root: there is no folder {root / part}; expected ROOT/{{train,val}}/SYNSET/IMAGE")
     classes = [path.name for path in class_folders(root / "train")]
-    val = scan(root / "val", classes)
-    return Splits(classes, scan(root / "train", classes), val, val)
+    val = scan(root / "val", classes, decoder)
+    return Splits(classes, scan(root / "train", classes, decoder), val, val)
 
 
 def open_evaluation_set(config: ImageNetConfig) -> Splits:
@@ -43,19 +44,19 @@ def open_evaluation_set(config: ImageNetConfig) -> Splits:
     Raises:
         DataError: the folder or the label file is not there, or not that set's.
     """
-    root = Path(config.root).expanduser()
+    root, decoder = Path(config.root).expanduser(), Decoder(config.draft)
     synsets = list(ImageNetInfo().label_names())
     match config.labels:
         case "real":
-            return _real(root, synsets, config.labels_file)
+            return _real(root, synsets, config.labels_file, decoder)
         case "v2":
-            images = scan(root, [str(number) for number in range(len(synsets))])  # by number, not by alphabet
+            images = scan(root, [str(number) for number in range(len(synsets))], decoder)  # by number, not by alphabet
             return Splits(synsets, images, images, images)
         case "sketch":
-            images = scan(root, synsets)
+            images = scan(root, synsets, decoder)
             return Splits(synsets, images, images, images)
     chosen = _timm_file(f"imagenet_{config.labels}_synsets.txt").split()
-    images = scan(root, chosen)
+    images = scan(root, chosen, decoder)
     return Splits(chosen, images, images, images, is_subset=True)
 
 
@@ -65,12 +66,12 @@ def _timm_file(name: str) -> str:
     return content.decode()
 
 
-def _real(root: Path, synsets: list[str], labels_file: str | None) -> Splits:
+def _real(root: Path, synsets: list[str], labels_file: str | None, decoder: Decoder) -> Splits:
     labels = _read_real(Path(labels_file).expanduser() if labels_file is not None else None)
-    images = scan(root / "val", synsets)
+    images = scan(root / "val", synsets, decoder)
     numbers = [_number(path, len(labels)) for path in images.paths]
     kept = [place for place, number in enumerate(numbers) if labels[number - 1]]
-    chosen = Selection(ImageFiles(images.paths, images.targets), kept)
+    chosen = Selection(images, kept)
     return Splits(synsets, chosen, chosen, chosen, accepted=[labels[numbers[place] - 1] for place in kept])
 
 

@@ -1,19 +1,19 @@
 """Where the images to be predicted come from: files, folders, patterns, tar shards. Read in parallel, in any order."""
 
 import glob
-import io
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from training.data.decode import UNREADABLE, Decoder
 from training.data.folder import EXTENSIONS
-from training.data.images import UNREADABLE
+from training.data.tar import END_MARK
 from training.errors import DataError, one_line
 
 SHARD = ".tar"
@@ -77,6 +77,7 @@ class SourceImages(IterableDataset):
     def __init__(self, sources: list[Path], transform: Callable[[Image.Image], Tensor], in_chans: int) -> None:
         self.sources, self.transform = sources, transform
         self.mode = "L" if in_chans == 1 else "RGB"
+        self.decoder = Decoder()
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
@@ -92,19 +93,24 @@ class SourceImages(IterableDataset):
         """The images of a tar file, from first to last; what is cut off at its end is one unreadable item."""
         count = 0
         try:
-            with tarfile.open(path, "r|*") as archive:
+            with tarfile.open(path, "r:") as archive:
                 for member in archive:
                     if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS:
                         content = archive.extractfile(member)
                         assert content is not None  # a regular file has content
-                        yield self._read((number, count), f"{path}/{member.name}", io.BytesIO(content.read()))
+                        yield self._read((number, count), f"{path}/{member.name}", content.read())
                         count += 1
+            with path.open("rb") as file:
+                file.seek(-len(END_MARK), os.SEEK_END)
+                complete = file.read() == END_MARK
+            if not complete:
+                raise tarfile.ReadError("the shard has no end mark: it is truncated")
         except (tarfile.TarError, EOFError, OSError) as error:
             yield Item((number, count), str(path), None, one_line(f"after {count} images: {error}"))
 
-    def _read(self, place: tuple[int, int], label: str, file: Path | IO[bytes]) -> Item:
+    def _read(self, place: tuple[int, int], label: str, content: Path | bytes) -> Item:
         try:
-            with Image.open(file) as picture:
-                return Item(place, label, self.transform(picture.convert(self.mode)))
+            picture = self.decoder.picture(content if isinstance(content, bytes) else content.read_bytes())
+            return Item(place, label, self.transform(picture.convert(self.mode)))
         except UNREADABLE as error:
             return Item(place, label, None, one_line(str(error)) or type(error).__name__)
