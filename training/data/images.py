@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -136,16 +136,19 @@ class ImageReader(Dataset):
     def __getitem__(self, draw: Draw) -> Sample | PixelSample | Broken:
         note_reading(draw.index)
         try:
-            return self._sample(draw)
+            loaded = self._load(draw.index)
         except UNREADABLE as error:
             return Broken(self.images.label(draw.index), one_line(str(error)))
         except DataError as error:
             return Broken(self.images.label(draw.index), str(error), fatal=True)
+        return self._sample(loaded, draw)
 
-    def _sample(self, draw: Draw) -> Sample | PixelSample:
-        picture = self.picture(draw.index)
+    def _load(self, index: int) -> Any:
+        return self.picture(index)
+
+    def _sample(self, loaded: Any, draw: Draw) -> Sample | PixelSample:
         seed_generators(draw.seed)
-        return Sample(self.transform(picture), self._target(draw), draw.index)
+        return Sample(self.transform(loaded), self._target(draw), draw.index)
 
     def _target(self, draw: Draw) -> int:
         return self.targets[draw.index] if draw.counted else -1
@@ -157,9 +160,11 @@ class PixelReader(ImageReader):
     def __init__(self, images: Images, in_chans: int) -> None:
         super().__init__(images, picture_to_pixels, in_chans)
 
-    def _sample(self, draw: Draw) -> PixelSample:
-        pixels = load_pixels(self.images, draw.index, self.mode)
-        return PixelSample(pixels, self._target(draw), draw.index, draw.seed)
+    def _load(self, index: int) -> Tensor:
+        return load_pixels(self.images, index, self.mode)
+
+    def _sample(self, loaded: Tensor, draw: Draw) -> PixelSample:
+        return PixelSample(loaded, self._target(draw), draw.index, draw.seed)
 
 
 def collate(samples: list[Sample | Broken]) -> Batch:

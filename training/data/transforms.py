@@ -1,15 +1,31 @@
 """Augmentation and preprocessing, both by timm."""
 
 from collections.abc import Callable
+from typing import Any
 
-from PIL import Image
-from timm.data import create_transform
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torchvision import transforms
 
 from training.config import AugmentationConfig, DataConfig
 
 Transform = Callable[[Image.Image], Tensor]
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keep the highest `bits` of each channel; none of them leaves black.
+
+    At magnitude 10 timm's RandAugment asks for 0 bits, which Pillow refuses since version 12.
+    """
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+for name, operation in list(auto_augment.NAME_TO_OP.items()):
+    if operation is auto_augment.posterize:
+        auto_augment.NAME_TO_OP[name] = posterize
 
 
 def train_transform(data: DataConfig, augmentation: AugmentationConfig) -> Transform:
