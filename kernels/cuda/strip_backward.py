@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from kernels.backend import Gradients, Operands
 from kernels.cuda import runtime
-from kernels.cuda.arguments import GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
@@ -53,6 +54,7 @@ STRIP_BACKWARD = Struct(
     tiles=INT,
     ring_rows=INT,
     pitch=INT,
+    scale_log2=FLOAT,
     walk_rows=INT,
 )
 _set_pointers = STRIP_BACKWARD.pointers(
@@ -188,6 +190,7 @@ def pack(problem: Problem, plan: Plan, *strides: tuple[int, ...]) -> bytes:
         tiles=plan.tiles,
         ring_rows=plan.ring_rows,
         pitch=plan.pitch,
+        scale_log2=problem.scale * math.log2(math.e),
         walk_rows=plan.walk_rows,
     )
 

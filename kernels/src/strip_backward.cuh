@@ -166,14 +166,14 @@ struct StripBackward {
     const int entry = minimum(maximum(column_offset + Config::WINDOW_COLUMNS, 0), Config::BIAS_LINE - 1);
     return memory.bias() + line * Config::BIAS_LINE + entry;
   }
-  FASTNA_DEVICE float2 statistics(u32 row_place, int column) const {
-    return *reinterpret_cast<const float2*>(memory.statistics_bytes() + row_place + column * 8);
+  FASTNA_DEVICE static const float2* at_row(const float2* statistics, u32 row_place) {
+    return reinterpret_cast<const float2*>(reinterpret_cast<const u8*>(statistics) + static_cast<int>(row_place));
   }
 
   // The gradient of the queries of the step's rows `own` in a pair of columns.
   FASTNA_DEVICE void queries(const StripStep& step, Interval own, int pair, StripBiasGradient<Config>& bias_gradient) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
-    const float scale2 = args.geometry.scale * LOG2_E;
+    const float scale2 = args.scale_log2;
     const StripSweep* sweep = memory.sweeps(pair, 0);
     const StripStep::Row row = step.rows[g];
     const StripStep::Sweep key_rows = step.keys;
@@ -182,7 +182,8 @@ struct StripBackward {
     const u32 left = Products::left_address(memory.ring(1), step, sweep->upper, sweep->lower);
     Products::load_left(query, left);
     Products::load_left(grad, left ^ Config::SECOND);
-    const float2 of0 = statistics(row.statistics, sweep->upper), of1 = statistics(row.statistics, sweep->lower);
+    const float2* statistics = at_row(memory.statistics(), row.statistics);
+    const float2 of0 = statistics[sweep->upper], of1 = statistics[sweep->lower];
     const float lse0 = of0.x, lse1 = of1.x;
     const float4 minus_delta = {-of0.y, -of0.y, -of1.y, -of1.y};
 
@@ -229,7 +230,7 @@ struct StripBackward {
   // query columns may reach them: a second sweep then, over the rest.
   FASTNA_DEVICE void keys(const StripStep& step, Interval own, int pair) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
-    const float scale2 = args.geometry.scale * LOG2_E;
+    const float scale2 = args.scale_log2;
     const StripSweep* sweep = memory.sweeps(pair, 1);
     const StripStep::Sweep query_rows = step.queries;
 
@@ -244,6 +245,7 @@ struct StripBackward {
       const uint2 columns = sweep->masks[q];
       more = sweep->more != 0;
       const uint2* place = memory.row_places() + query_rows.place;
+      const float2* low = memory.statistics() + local_low;
       typename Products::Right right(memory.ring(1), stored, true, place);
       const float4* initial = bias(g - query_rows.offset, sweep->lower + 1 - local_low);
       u32 visible = step.rows[g].queries;
@@ -261,7 +263,7 @@ struct StripBackward {
         Products::multiply_transposed(dp, value, plain ^ Config::SECOND);
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const float2 of0 = statistics(place[n].y, local_low), of1 = statistics(place[n].y, local_low - 1);
+          const float2 of0 = *at_row(low, place[n].y), of1 = *at_row(low - 1, place[n].y);
           const float p0 = exp2_approx(s[n][0] * scale2 - of0.x), p1 = exp2_approx(s[n][1] * scale2 - of1.x);
           const float p2 = exp2_approx(s[n][2] * scale2 - of0.x), p3 = exp2_approx(s[n][3] * scale2 - of1.x);
           const u32 rows = row_mask(visible, n);

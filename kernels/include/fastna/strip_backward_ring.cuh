@@ -27,6 +27,7 @@ struct StripBackwardArguments {
   int step_rows, chunk_rows, chunks;  // rows of a step (at most 8); rows that a block walks; blocks per column tile
   int tile_columns, tiles;
   int ring_rows, pitch;  // what a ring holds: rows, and columns of each
+  float scale_log2;      // scale * log2(e)
   int walk_rows;         // most rows that a walk meets, its halo and one more included; even
 };
 
@@ -207,7 +208,7 @@ struct StripBackwardLoader {
     using Walk = StripBackwardWalk<Config>;
     const Interval keys = Walk::whole_pairs(walk.keys_of_rows(own)), queries = Walk::whole_pairs(walk.queries_of_rows(own));
     const int row = minimum(own.begin + g, own.end - 1);
-    const uint2 place = memory.row_places()[row - walk.first_row + 1];
+    const uint2 place = place_of(row);
     const auto bits = [&](Interval reach, Interval sweep) {
       return own.begin + g < own.end ? ((1u << reach.size()) - 1) << (32 - (reach.end - sweep.begin)) : 0;
     };
@@ -281,8 +282,7 @@ struct StripBackwardLoader {
     const int chunk = lane_index() % Config::CHUNKS, first = lane_index() / Config::CHUNKS;
     const int column = walk.stored_columns.begin + first;
     for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
-      const u32 slot = row % args.ring_rows;
-      u32 at = memory.ring(0) + (slot * args.pitch + first) * Config::TOKEN + ((chunk ^ ((first ^ slot) & 7)) << 4);
+      u32 at = (memory.ring(0) + place_of(row).x + first * Config::TOKEN) ^ ((chunk ^ (first & 7)) << 4);
       const T *from_key = key.at(row, column) + chunk * 8, *from_value = value.at(row, column) + chunk * 8;
       const T *from_query = query.at(row, column) + chunk * 8, *from_grad = grad.at(row, column) + chunk * 8;
 #pragma unroll 1
@@ -308,11 +308,11 @@ struct StripBackwardLoader {
     const int chunk = lane_index() % Config::CHUNKS, first = lane_index() / Config::CHUNKS;
     const int columns = walk.stored_columns.size();
     for (int row = rows.begin + warp_index(); row < rows.end; row += Config::WARPS) {
-      const u32 slot = row % args.ring_rows;
+      const uint2 place = place_of(row);
       const T* source = output.at(row, walk.stored_columns.begin + first) + chunk * 8;
       const float* lse_source = lse_view.at(row, walk.stored_columns.begin + first);
-      u32 at = (slot * args.pitch + first) * Config::TOKEN + ((chunk ^ ((first ^ slot) & 7)) << 4);
-      float2* statistics = memory.statistics() + slot * args.pitch;
+      u32 at = (place.x + first * Config::TOKEN) ^ ((chunk ^ (first & 7)) << 4);
+      float2* statistics = reinterpret_cast<float2*>(memory.statistics_bytes() + place.y);
 #pragma unroll 1
       for (int base = first; any_in_warp(base < columns); base += BATCH * STEP) {
         uint4 values[BATCH];
@@ -336,7 +336,8 @@ struct StripBackwardLoader {
           float delta = 0.0f;
           if (valid) {
             const uint4 grad = *reinterpret_cast<const uint4*>(memory.start + memory.ring_bytes + (at ^ Config::SECOND));
-            delta = dot(values[n].x, grad.x) + dot(values[n].y, grad.y) + (dot(values[n].z, grad.z) + dot(values[n].w, grad.w));
+            delta = add_dot(values[n].x, grad.x, add_dot(values[n].y, grad.y, 0.0f));
+            delta = add_dot(values[n].z, grad.z, add_dot(values[n].w, grad.w, delta));
           }
           at = (at + STEP * Config::TOKEN) ^ (STEP & 4) << 4;
           FASTNA_UNROLL
@@ -353,10 +354,11 @@ struct StripBackwardLoader {
   }
 
  private:
-  FASTNA_DEVICE static float dot(u32 a, u32 b) {
+  FASTNA_DEVICE static float add_dot(u32 a, u32 b, float sum) {
     const float2 x = unpack2<T>(a), y = unpack2<T>(b);
-    return x.x * y.x + x.y * y.y;
+    return x.x * y.x + (x.y * y.y + sum);
   }
+  FASTNA_DEVICE uint2 place_of(int row) const { return memory.row_places()[row - walk.first_row + 1]; }
 };
 
 }  // namespace fastna
