@@ -16,6 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 
 import models
+from training.checkpoint import trained_classes
 from training.config import LoggerConfig, ModelConfig, TrainerConfig
 from training.errors import CheckpointError, ConfigError, did_you_mean, one_line
 
@@ -41,12 +42,33 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def model_arguments(config: ModelConfig, classes: int, in_chans: int) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that decide the architecture, as they travel with a checkpoint."""
+def model_arguments(config: ModelConfig, classes: int, in_chans: int, image_size: int) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that decide the architecture, as they travel with a checkpoint.
+
+    Raises:
+        ConfigError: the model cannot be built, or has no levels that could be dilated.
+    """
     arguments: dict[str, Any] = {**config.kwargs, "num_classes": classes, "in_chans": in_chans}
     if config.drop_path_rate is not None:
         arguments["drop_path_rate"] = config.drop_path_rate
+    if config.widest_dilations:
+        arguments["dilations"] = list(dilations_for(config.name, arguments, image_size))
     return arguments
+
+
+def dilations_for(name: str, arguments: dict[str, Any], image_size: int) -> tuple[int, ...]:
+    """For each level of a model, the dilation that spreads its window over an `image_size` px image.
+
+    Raises:
+        ConfigError: the model cannot be built, or has no levels.
+    """
+    with torch.device("meta"):
+        model = create_model(name, arguments)
+    layers = models.attention_layers(model)
+    strides = [level["reduction"] for level in getattr(model, "feature_info", [])]
+    if not layers or len(strides) < 2:
+        raise ConfigError(f"model.widest_dilations=true: {name} has no levels of neighborhood attention")
+    return models.widest_dilations(image_size, model.get_submodule(layers[0]).kernel_size, strides)
 
 
 def create_model(name: str, arguments: dict[str, Any], attn_backend: str | None = None, **more: Any) -> nn.Module:
@@ -64,8 +86,8 @@ def create_model(name: str, arguments: dict[str, Any], attn_backend: str | None 
         raise ConfigError(f"cannot build model {name} with {arguments | backend}: {one_line(str(error))}") from error
 
 
-def build_model(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
-    """The model to train: weights loaded, stages frozen.
+def build_model(config: ModelConfig, arguments: dict[str, Any], classes: list[str]) -> nn.Module:
+    """The model to train: weights loaded, stages frozen. Its head is new unless the weights' own classes are `classes`.
 
     Raises:
         ConfigError: the model cannot be built as configured.
@@ -78,6 +100,10 @@ def build_model(config: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
         except models.CheckpointError as error:
             raise CheckpointError(f"model.checkpoint: {error}") from error
         log.info("%s", report)
+        known = trained_classes(config.checkpoint)
+        if known is not None and known != classes and len(known) == len(classes):
+            log.info("the head is made new: the checkpoint's %d classes are others than the data's", len(known))
+            model.reset_classifier(len(classes))
     if config.grad_checkpointing:
         try:
             model.set_grad_checkpointing(True)

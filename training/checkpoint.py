@@ -105,6 +105,16 @@ def read_run(path: str | Path) -> SavedRun:
     return SavedRun(path, content)
 
 
+def trained_classes(path: str | Path) -> list[str] | None:
+    """The class names of a checkpoint that train.py wrote; None for a file of bare weights, which has none."""
+    if Path(path).suffix != ".ckpt":
+        return None
+    try:
+        return read_run(path).classes
+    except CheckpointError:
+        return None
+
+
 def newest_checkpoint(folder: Path) -> Path:
     """The newest `last.ckpt` of any run under `folder`.
 

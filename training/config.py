@@ -54,12 +54,21 @@ class ModelConfig:
     grad_checkpointing: bool = False
     frozen_stages: int = 0  # 1 freezes the stem, 2 also the first level, ...
     linear_probe: bool = False  # train the classifier alone
+    head_warmup_epochs: int = 0  # first train the classifier alone for so long, then everything
+    widest_dilations: bool = False  # spread each level's window over the whole map of a data.image_size image
     kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the model, e.g. depths
 
     def __post_init__(self) -> None:
         rate = self.drop_path_rate
         require(rate is None or 0 <= rate < 1, "model.drop_path_rate", rate, "at least 0 and below 1")
         require(self.frozen_stages >= 0, "model.frozen_stages", self.frozen_stages, "0 or more")
+        epochs = self.head_warmup_epochs
+        require(epochs >= 0, "model.head_warmup_epochs", epochs, "0 or more")
+        require(
+            not (epochs and self.linear_probe), "model.head_warmup_epochs", epochs, "0 with model.linear_probe=true"
+        )
+        chosen = "dilations" in self.kwargs and self.widest_dilations
+        require(not chosen, "model.widest_dilations", True, "false where model.kwargs.dilations says them")
         require(
             not (self.pretrained and self.checkpoint),
             "model.checkpoint",

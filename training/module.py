@@ -13,7 +13,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from training.config import TrainConfig
 from training.data import Batch
 from training.evaluation import Predictions
-from training.optimization import build_criterion, build_mixing, build_optimizer, build_schedule, scale_rate
+from training.optimization import (
+    build_criterion,
+    build_mixing,
+    build_optimizer,
+    build_schedule,
+    hold_backbone,
+    scale_rate,
+    split_head,
+)
 from training.randomness import STEP, derive_seed, seed_generators
 
 
@@ -87,6 +95,8 @@ class Classifier(LightningModule):
         trainer, config = self.trainer, self.config
         scaling = scale_rate(config.optimizer, config.data.batch_size, trainer.world_size, config.trainer.accumulate)
         optimizer = build_optimizer(self.model, config.optimizer, scaling.rate)
+        if config.model.head_warmup_epochs:
+            split_head(optimizer, self.model)
         trainer.fit_loop.setup_data()  # else the number of batches is not known yet
         updates = -(-int(trainer.num_training_batches) // config.trainer.accumulate)
         scheduler = build_schedule(optimizer, config.schedule, updates)
@@ -95,6 +105,13 @@ class Classifier(LightningModule):
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
         """timm's schedules want the number of updates done."""
         scheduler.step_update(num_updates=self.global_step)
+
+    def on_train_epoch_start(self) -> None:
+        """Hold all but the classifier in the first epochs, where that is asked for."""
+        epochs = self.config.model.head_warmup_epochs
+        if epochs:
+            hold_backbone(self.trainer.optimizers[0], hold=self.current_epoch < epochs)
+            self.trainer.lr_scheduler_configs[0].scheduler.step_update(num_updates=self.global_step)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Mixup and drop path draw from generators seeded by position, so that a resumed run draws the same."""

@@ -78,6 +78,32 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, rate: float) -> O
         raise ConfigError(f"optimizer.name={config.name!r} with {options}: {error}") from error
 
 
+def split_head(optimizer: Optimizer, model: nn.Module) -> None:
+    """Give the parameters of the classifier groups of their own, and mark the other groups as `held`.
+
+    `hold_backbone` can then keep everything but the classifier still.
+    """
+    head = {id(parameter) for parameter in model.get_classifier().parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        for own in (False, True):
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in head) is own]
+            if parameters:
+                held = {} if own else {"held": True, "free_scale": group.get("lr_scale", 1.0)}
+                groups.append({**group, "params": parameters, **held})
+    optimizer.param_groups[:] = groups
+
+
+def hold_backbone(optimizer: Optimizer, hold: bool) -> None:
+    """Set the rate of all groups that `split_head` marked to zero, or let it follow the schedule again.
+
+    Their gradients are computed all the same: no parameter enters or leaves what processes exchange.
+    """
+    for group in optimizer.param_groups:
+        if group.get("held"):
+            group["lr_scale"] = 0.0 if hold else group["free_scale"]
+
+
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, updates_per_epoch: int) -> Scheduler:
     """timm's schedule of that name, counted in updates. `constant` holds the rate after the warm-up."""
     scheduler, _ = create_scheduler_v2(

@@ -71,14 +71,14 @@ def train(config: TrainConfig) -> Outcome:
     if getattr(config.data, "labels", None) is not None:
         raise ConfigError(f"data.labels={config.data.labels}: the set serves evaluation only (eval.py)")
     splits = open_splits(config.data)
-    arguments = model_arguments(config.model, len(splits.classes), config.data.in_chans)
+    arguments = model_arguments(config.model, len(splits.classes), config.data.in_chans, config.data.image_size)
     description = describe_run(config, arguments, splits.classes)
     saved = find_resumed(config)
     if saved is not None:
         for difference in check_resumable(saved, description):
             log.warning("this resumed run is not what an uninterrupted one had been: %s", difference)
     seed_generators(derive_seed(INIT, config.seed))
-    model = build_model(config.model, arguments)
+    model = build_model(config.model, arguments, splits.classes)
     data = ImageData(splits, config.data, config.augmentation, config.seed)
     module = Classifier(model, config, splits.classes, description)
 
@@ -107,7 +107,10 @@ def train(config: TrainConfig) -> Outcome:
             write_text(planned / "config.yaml", yaml.safe_dump(to_plain(config), sort_keys=False))
         with data.dead_workers_named():
             trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
-    except UserError:
+    except Exception as error:
+        if not isinstance(error, UserError):  # a bug: what was written may tell of it
+            log.error("stopped by %s; what the run wrote is in %s", type(error).__name__, planned)
+            raise
         if absent and trainer.is_global_zero and not (planned / FOLDER / LAST).exists():
             discard(absent)
         raise

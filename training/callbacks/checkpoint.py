@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, Trainer
 
 from training.checkpoint import BEST, FOLDER, LAST
 from training.config import CheckpointConfig
+from training.errors import TrainingError
 from training.module import Classifier
 
 
@@ -51,7 +52,11 @@ class RunCheckpoint(Callback):
             self.save(trainer, LAST)
 
     def save(self, trainer: Trainer, name: str) -> None:
-        """Write a checkpoint under `name`; called by every process."""
+        """Write a checkpoint under `name`; called by every process.
+
+        Raises:
+            TrainingError: it cannot be written; what was there before is untouched.
+        """
         if trainer.fast_dev_run:
             return
         path, aside = self.folder / name, self.folder / f".{name}.partial"
@@ -61,6 +66,11 @@ class RunCheckpoint(Callback):
                 with aside.open("rb") as written:
                     os.fsync(written.fileno())
                 os.replace(aside, path)
+        except OSError as error:
+            kept = f"the previous {name} is kept whole: make room and go on with resume=last" if path.exists() else ""
+            raise TrainingError(
+                f"cannot write {path}: {error.strerror or error}; {kept or 'there is none yet'}"
+            ) from error
         finally:
             if trainer.is_global_zero:
                 aside.unlink(missing_ok=True)
