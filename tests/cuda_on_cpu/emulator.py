@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.cuda import jit
-from kernels.cuda.errors import CompilationError, KernelError, LaunchError, SharedMemoryError
+from kernels.cuda.errors import CompilationError, KernelError, LaunchError, MissingComponentError, SharedMemoryError
 from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import Attributes, DeviceProperties
 
@@ -58,7 +58,7 @@ def _cache() -> Path:
 @functools.cache
 def _compiler_version() -> str:
     if shutil.which("g++") is None:
-        raise RuntimeError("the emulator compiles kernels with g++, which is not installed")
+        raise MissingComponentError("the CUDA kernels run on the CPU as g++ compiles them, and there is no g++ here")
     return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
 
 
