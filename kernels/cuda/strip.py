@@ -247,7 +247,7 @@ def _shared_bytes(problem: Problem, tile: Tile) -> int:
     products = -(-tile.columns // (2 * tile.warps))
     queries = (tile.ahead + 1) * tile.warps * products * 16 * token
     lines = _slots(problem, tile) * (2 * problem.window[0] - 1) + _key_rows(problem) + 1
-    return slabs + queries + lines * 64
+    return slabs + queries + lines * 64 + 4 * 48
 
 
 def representative_sources() -> Iterable[KernelSource]:

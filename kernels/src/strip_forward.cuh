@@ -41,9 +41,13 @@ struct StripForwardConfig {
   static constexpr int TILE_BYTES = SLAB_ROWS * ROW_BYTES;
   static constexpr int SLAB_BYTES = 2 * TILE_BYTES;        // keys, values
   static constexpr int PRODUCT_BYTES = 16 * Layout::BYTES;  // queries of one product, then its outputs on their way to 16-byte stores
+  // Rows of keys that the threads copy at a time: a power of two.
+  static constexpr int PASS_TOKENS = THREADS / Layout::CHUNKS, FITTING_ROWS = PASS_TOKENS / STORED_COLUMNS;
+  static constexpr int PASS_ROWS = FITTING_ROWS >= 8 ? 8 : FITTING_ROWS >= 4 ? 4 : FITTING_ROWS >= 2 ? 2 : 1;
   static constexpr int QUERY_SLOTS = AHEAD + 1;
   static constexpr int QUERY_AT = SLABS * SLAB_BYTES, BIAS_AT = QUERY_AT + QUERY_SLOTS * WARPS * PRODUCTS * PRODUCT_BYTES;
-  static constexpr int SHARED_BYTES = BIAS_AT + Bias::BYTES;
+  static constexpr int MAPS = 4;  // being loaded, worked on, and prepared
+  static constexpr int MAPS_AT = BIAS_AT + Bias::BYTES, SHARED_BYTES = MAPS_AT + MAPS * 48;
   static_assert(CARRIED >= 0 && CARRIED <= SLAB_ROWS, "a strip sees two slabs");
   static_assert(WINDOW_COLUMNS < KEY_COLUMNS, "two neighbouring windows must fit 8 keys");
   static_assert(TILE_COLUMNS % QUERY_COLUMNS == 0 && STORED_COLUMNS % 2 == 0, "");
@@ -127,15 +131,22 @@ FASTNA_DEVICE void attend(const u32 (&query)[Config::HEAD_DIM / 16][4], const u3
 
 // A slab in the sequence of a tile's maps: strip s of a map sees the end of slab s - 1, and slab s. The first is slab -1.
 struct SlabCursor {
-  int batch, row_group, slab;
+  int map, slab;
 
-  FASTNA_DEVICE void advance(int strips, int row_groups) {
+  FASTNA_DEVICE void advance(int strips) {
     if (++slab < strips) return;
     slab = -1;
-    if (++row_group < row_groups) return;
-    row_group = 0;
-    ++batch;
+    ++map;
   }
+};
+
+// One map, where the tile begins: what a single thread works out, ahead of time, for the whole block.
+template <class T>
+struct alignas(16) MapOrigin {
+  const T *key, *value;  // of row 0 and the tile's first key column
+  const T* query;        // of row 0 and the tile's first column, as below
+  i64 output;            // tokens and heads before it in the contiguous output
+  int rows, first_row;   // of the map; of strip 0
 };
 
 // Map row of the first query of strip 0, 0 or less: the strips are moved up so that none at the border has too few rows for the windows of
@@ -166,70 +177,92 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
   if (query_column >= columns) return;  // a dilation group shorter than the longest
   const int key_column = first_product_key<WINDOW_COLUMNS>(query_column, columns, KEY_COLUMNS);
   const int key_head = head / (geometry.heads / geometry.key_heads);
-  const int pairs = ceil_div(minimum(Config::TILE_COLUMNS, columns - query_column), QUERY_COLUMNS);
+  const int tile_columns = minimum(Config::TILE_COLUMNS, columns - query_column);
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, q = lane % 4;
   const u32 slabs_at = shared_address(shared);
   u8* const queries_at = shared + Config::QUERY_AT + warp * (Config::PRODUCTS * Config::PRODUCT_BYTES);
   u8* const table = shared + Config::BIAS_AT;
 
-  const auto query_slot = [&](int step, int product) {
-    return queries_at + (step % Config::QUERY_SLOTS * (WARPS * Config::PRODUCTS) + product / WARPS) * Config::PRODUCT_BYTES;
+  const auto query_slot = [&](int step, int i) {
+    return queries_at + (step % Config::QUERY_SLOTS * (WARPS * Config::PRODUCTS) + i) * Config::PRODUCT_BYTES;
   };
+  MapOrigin<T>* const maps = reinterpret_cast<MapOrigin<T>*>(shared + Config::MAPS_AT);
+  static_assert(sizeof(MapOrigin<T>) == 48, "MAPS_AT has room for 48 bytes each");
+  const auto prepare = [&](int map) {
+    const int batch = map / row_groups, group = map - batch * row_groups;
+    const int token = query_column * column_groups + column_group, key_token = key_column * column_groups + column_group;
+    MapOrigin<T>& origin = maps[map % Config::MAPS];
+    origin.key = element<T>(args.key, batch, 0, group, key_token, key_head);
+    origin.value = element<T>(args.value, batch, 0, group, key_token, key_head);
+    origin.query = element<T>(args.query, batch, 0, group, token, head);
+    origin.output = ((static_cast<i64>(batch) * geometry.axis[1].length + group) * geometry.axis[2].length + token) * geometry.heads + head;
+    origin.rows = group_length(geometry.axis[1], group);
+    origin.first_row = first_strip_row<WINDOW_ROWS>(origin.rows);
+  };
+  const auto stride = [](i64 of_tokens, int groups) { return static_cast<int>(of_tokens) * groups; };
   const auto slab_address = [&](int step) { return slabs_at + step % Config::SLABS * Config::SLAB_BYTES; };
 
-  // Every warp copies rows of keys and values, and its own queries. Row SLAB_ROWS r of slab s is first_strip_row + KEY_ROWS - ABOVE + 8 (s - 1).
+  // The threads copy PASS_ROWS rows of keys and values at a time, so that a thread's tokens are below each other, and each warp its queries.
+  constexpr int TOKENS = Config::PASS_TOKENS, PASS_ROWS = Config::PASS_ROWS;
+  const int thread_token = thread_index() / Layout::CHUNKS, chunk = thread_index() % Layout::CHUNKS;
   const auto load = [&](const SlabCursor& at, int step) {
-    const int rows = group_length(geometry.axis[1], at.row_group);
-    const int query_row = first_strip_row<WINDOW_ROWS>(rows) + at.slab * QUERY_ROWS;
-    const int key_row = query_row - ABOVE + Config::CARRIED;
+    const MapOrigin<T>& map = maps[at.map % Config::MAPS];
+    const int rows = map.rows, query_row = map.first_row + at.slab * QUERY_ROWS;
     const u32 slab = slab_address(step);
-    constexpr int TOKENS = WARP / Layout::CHUNKS;  // of a warp at a time
-    const int token = lane / Layout::CHUNKS, chunk = lane % Layout::CHUNKS;
-    for (int i = warp; i < 2 * SLAB_ROWS; i += WARPS) {
-      const int row = key_row + i % SLAB_ROWS;
-      if (at.slab < 0 && i % SLAB_ROWS < SLAB_ROWS - Config::CARRIED) continue;
-      const TensorArguments& tensor = i < SLAB_ROWS ? args.key : args.value;
-      const T* source = element<T>(tensor, at.batch, 0, row * row_groups + at.row_group, key_column * column_groups + column_group, key_head);
-      const int stride = static_cast<int>(tensor.axis[2]) * column_groups;
-      const bool inside = row >= 0 && row < rows;
+    FASTNA_UNROLL
+    for (int c = 0; c < Config::STORED_COLUMNS; c += TOKENS) {
+      const int in_slab = c + thread_token;  // PASS_ROWS rows one after the other
+      const int column = in_slab % Config::STORED_COLUMNS, first_row = in_slab / Config::STORED_COLUMNS;
+      if (first_row >= PASS_ROWS) break;
+      const int row = query_row - ABOVE + Config::CARRIED + first_row;
+      const bool inside = key_column + column < columns;
+      const u32 target = slab + first_row * Config::ROW_BYTES + Layout::offset(column, chunk);
       FASTNA_UNROLL
-      for (int c = 0; c < Config::STORED_COLUMNS; c += TOKENS) {
-        const int column = c + token;
-        if (c + TOKENS <= Config::STORED_COLUMNS || column < Config::STORED_COLUMNS) {
-          copy_async<16>(slab + i * Config::ROW_BYTES + Layout::offset(column, chunk), source + static_cast<i64>(column) * stride + chunk * 8,
-                         inside && key_column + column < columns);
+      for (int k = 0; k < 2; ++k) {
+        const TensorArguments& tensor = k == 0 ? args.key : args.value;
+        const int row_stride = stride(tensor.axis[1], row_groups), column_stride = stride(tensor.axis[2], column_groups);
+        const T* source =
+            (k == 0 ? map.key : map.value) + (static_cast<i64>(row) * row_stride + static_cast<i64>(column) * column_stride + chunk * 8);
+        FASTNA_UNROLL
+        for (int r = 0; r < SLAB_ROWS; r += PASS_ROWS) {
+          copy_async<16>(target + k * Config::TILE_BYTES + r * Config::ROW_BYTES, source,
+                         inside && static_cast<u32>(row + r) < static_cast<u32>(rows));
+          source += static_cast<i64>(row_stride) * PASS_ROWS;
         }
       }
     }
-    if (at.slab < 0) return;
     // Token t of the 16 is (row t % 8, column t / 8): chunks q + 4 i of tokens g and g + 8 are this lane's.
-    const int row = query_row + g;
-    for (int product = warp; product < pairs; product += WARPS) {
-      const u32 target = shared_address(query_slot(step, product));
+    const bool inside = static_cast<u32>(query_row + g) < static_cast<u32>(rows);
+    const int column_stride = stride(args.query.axis[2], column_groups);
+    const T* source = map.query + (static_cast<i64>(query_row + g) * stride(args.query.axis[1], row_groups) + q * 8);
+    FASTNA_UNROLL
+    for (int i = 0; i < Config::PRODUCTS; ++i) {
+      const int column = (warp + i * WARPS) * QUERY_COLUMNS;
+      const u32 target = shared_address(query_slot(step, i));
       FASTNA_UNROLL
       for (int k = 0; k < QUERY_COLUMNS; ++k) {
-        const int column = query_column + product * QUERY_COLUMNS + k;
-        const T* source =
-            element<T>(args.query, at.batch, 0, row * row_groups + at.row_group, column * column_groups + column_group, head) + q * 8;
         FASTNA_UNROLL
-        for (int i = 0; i < HEAD_DIM / 32; ++i) {
-          copy_async<16>(target + Layout::offset(g + 8 * k, q + 4 * i), source + 32 * i, row >= 0 && row < rows && column < columns);
+        for (int c = 0; c < HEAD_DIM / 32; ++c) {
+          copy_async<16>(target + Layout::offset(g + 8 * k, q + 4 * c), source + (static_cast<i64>(column + k) * column_stride + 32 * c),
+                         inside && column + k < tile_columns);
         }
       }
     }
   };
 
-  const int maps = first / args.strips;
-  SlabCursor current = {maps / row_groups, maps % row_groups, first % args.strips - 1};
+  SlabCursor current = {first / args.strips, first % args.strips - 1};
   SlabCursor next = current;
   // A map of `strips` strips has one slab more; the last map's may end early.
-  const int steps = last - first + (last - 1) / args.strips - maps + 1;
+  const int last_map = (last - 1) / args.strips;
+  const int steps = last - first + last_map - current.map + 1;
 
   sync_threads();  // whoever still works on the walk before
+  if (thread_index() < 2) prepare(minimum(current.map + thread_index(), last_map));
+  sync_threads();
   FASTNA_UNROLL
   for (int i = 0; i < AHEAD; ++i) {
     if (i < steps) load(next, i);
-    next.advance(args.strips, row_groups);
+    next.advance(args.strips);
     commit_copies();
   }
   // While the copies are under way.
@@ -238,32 +271,34 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
   bias.template build<Config::THREADS, Config::HAS_RPB>(table, rpb, 1.0f / geometry.scale, Config::TILE_COLUMNS);
   const float scale_log2e = geometry.scale * LOG2_E;
 
-  for (int step = 0; step < steps; ++step, current.advance(args.strips, row_groups)) {
+  for (int step = 0; step < steps; ++step, current.advance(args.strips)) {
     wait_copies<AHEAD - 1>();
     sync_threads();  // also: the slab before the last is free
     if (step + AHEAD < steps) {
       load(next, step + AHEAD);
-      next.advance(args.strips, row_groups);
+      if (next.slab == -1 && next.map < last_map && thread_index() == 0) prepare(next.map + 1);
+      next.advance(args.strips);
     }
     commit_copies();
-    const int rows = group_length(geometry.axis[1], current.row_group);
-    const int query_row = first_strip_row<WINDOW_ROWS>(rows) + current.slab * QUERY_ROWS;
+    const MapOrigin<T>& map = maps[current.map % Config::MAPS];
+    const int rows = map.rows, query_row = map.first_row + current.slab * QUERY_ROWS;
     if (step == 0 || current.slab < 0 || query_row >= rows) continue;  // the first slab of a walk only leads in
 
     const int lane_row = query_row + g;
     const u32 visible = Bias::visible(minimum(maximum(lane_row, 0), rows - 1), query_row - ABOVE, rows);
     const u32 slabs[2] = {slab_address(step + Config::SLABS - 1), slab_address(step)};
-    for (int product = warp; product < pairs; product += WARPS) {
-      const int column = query_column + product * QUERY_COLUMNS;
-      u8* const slot = query_slot(step, product);
+    for (int i = 0; i < Config::PRODUCTS; ++i) {
+      const int column = (warp + i * WARPS) * QUERY_COLUMNS;  // of the tile
+      if (column >= tile_columns) break;
+      u8* const slot = query_slot(step, i);
       u32 query[HEAD_DIM / 16][4];
       FASTNA_UNROLL
-      for (int i = 0; i < HEAD_DIM / 16; ++i) {
-        load_matrix_x4(query[i], shared_address(slot) + Layout::offset(lane % 16, 2 * i + lane / 16));
+      for (int c = 0; c < HEAD_DIM / 16; ++c) {
+        load_matrix_x4(query[c], shared_address(slot) + Layout::offset(lane % 16, 2 * c + lane / 16));
       }
       float output[HEAD_DIM / 8][4], maximum[2], sum[2];
-      attend<Config>(query, slabs, first_product_key<WINDOW_COLUMNS>(column, columns, KEY_COLUMNS) - key_column, visible,
-                     table + bias.slot(column) * (Bias::LINES * Bias::LINE) + Bias::line(g, q), table + Bias::masked(g, q), scale_log2e, output,
+      attend<Config>(query, slabs, first_product_key<WINDOW_COLUMNS>(query_column + column, columns, KEY_COLUMNS) - key_column, visible,
+                     table + bias.slot(query_column + column) * (Bias::LINES * Bias::LINE) + Bias::line(g, q), table + Bias::masked(g, q), scale_log2e, output,
                      maximum, sum);
 
       const float inverse[2] = {reciprocal_approx(sum[0]), reciprocal_approx(sum[1])};
@@ -275,21 +310,18 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
         *reinterpret_cast<u32*>(at + 8 * Layout::BYTES) = pack2<T>(output[c][2] * inverse[1], output[c][3] * inverse[1]);
       }
       sync_warp();
-      // Tokens and heads before the first column's, in the contiguous output; what lies between neighbouring columns.
-      const i64 before = (static_cast<i64>(current.batch) * geometry.axis[1].length + lane_row * row_groups + current.row_group) *
-                             geometry.axis[2].length +
-                         column * column_groups + column_group;
-      const i64 at = before * geometry.heads + head;
-      const int stride = column_groups * geometry.heads;
+      const int column_stride = column_groups * geometry.heads;
+      const i64 at = map.output + static_cast<i64>(lane_row) * (row_groups * geometry.axis[2].length * geometry.heads) +
+                     static_cast<i64>(column) * column_stride;
       FASTNA_UNROLL
       for (int k = 0; k < QUERY_COLUMNS; ++k) {
-        if (lane_row >= 0 && lane_row < rows && column + k < columns) {
-          T* token = static_cast<T*>(args.output.data) + (at + k * stride) * HEAD_DIM + q * 8;
+        if (static_cast<u32>(lane_row) < static_cast<u32>(rows) && column + k < tile_columns) {
+          T* token = static_cast<T*>(args.output.data) + (at + k * column_stride) * HEAD_DIM + q * 8;
           FASTNA_UNROLL
-          for (int i = 0; i < HEAD_DIM / 32; ++i) {
-            store_global_16(token + 32 * i, *reinterpret_cast<const uint4*>(slot + Layout::offset(g + 8 * k, q + 4 * i)));
+          for (int c = 0; c < HEAD_DIM / 32; ++c) {
+            store_global_16(token + 32 * c, *reinterpret_cast<const uint4*>(slot + Layout::offset(g + 8 * k, q + 4 * c)));
           }
-          if (q == k) args.lse[at + k * stride] = (maximum[k] + log2_approx(sum[k])) * LN_2;
+          if (q == k) args.lse[at + k * column_stride] = (maximum[k] + log2_approx(sum[k])) * LN_2;
         }
       }
     }
