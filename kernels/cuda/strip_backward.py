@@ -322,8 +322,9 @@ def _instructions(problem: Problem, tile: Tile) -> float:
         keys, queries = _keys_and_queries(row_axis, length, begin, begin + tile.step_rows)
         row_pairs += -(-(keys[1] - keys[0]) // 2) + -(-(queries[1] - queries[0]) // 2)
         steps += 1
-    multiplied = (110 * row_pairs + 600 * steps) * -(-columns // 2)
-    loaded = 10 * length * tiles * _most_needed(column_axis, tile_columns, 1)
+    multiplied = (99 * row_pairs + 420 * steps) * -(-columns // 2)
+    stored_chunks = _most_needed(column_axis, tile_columns, 1) * problem.head_dim // 8
+    loaded = (90 + 30 * -(-stored_chunks // 32) + 300 * -(-stored_chunks // 128)) * length * tiles
     return multiplied + loaded
 
 
