@@ -96,10 +96,9 @@ def build_model(config: ModelConfig, arguments: dict[str, Any], classes: list[st
     model = create_model(config.name, arguments, config.attn_backend, pretrained=config.pretrained)
     if config.checkpoint is not None:
         try:
-            report = models.load_checkpoint(model, config.checkpoint)
+            models.load_checkpoint(model, config.checkpoint)
         except models.CheckpointError as error:
             raise CheckpointError(f"model.checkpoint: {error}") from error
-        log.info("%s", report)
         known = trained_classes(config.checkpoint)
         if known is not None and known != classes and len(known) == len(classes):
             log.info("the head is made new: the checkpoint's %d classes are others than the data's", len(known))

@@ -134,7 +134,8 @@ class Classifier(LightningModule):
         if self.mixing is not None:
             image, target = self.mixing(image, target)
         loss = self.criterion(self.classify(self.model, image), target)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(target))
+        several = self.trainer.world_size > 1
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(target), sync_dist=several)
         self.log("rate", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 

@@ -38,7 +38,7 @@ from training.checkpoint import (
 )
 from training.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, to_plain
 from training.data import ImageData, open_splits
-from training.errors import CheckpointError, ConfigError, UserError
+from training.errors import CheckpointError, ConfigError, TrainingError, UserError, one_line
 from training.evaluation import Figures, compute_figures, figures_table, write_figures
 from training.files import write_text
 from training.inference.loading import Loaded, load_model
@@ -108,6 +108,11 @@ def train(config: TrainConfig) -> Outcome:
         with data.dead_workers_named():
             trainer.fit(module, datamodule=data, ckpt_path=saved and saved.path, weights_only=True)
     except Exception as error:
+        if lost_process(error):
+            raise TrainingError(
+                f"another process of this run is gone ({one_line(str(error))[-120:]}); its own error, if it had the"
+                f" time to say one, is above; go on with resume=last output_dir={planned}"
+            ) from error
         if not isinstance(error, UserError):  # a bug: what was written may tell of it
             log.error("stopped by %s; what the run wrote is in %s", type(error).__name__, planned)
             raise
@@ -248,6 +253,14 @@ def discard(made: list[Path]) -> None:
     for folder in made[1:]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether a collective failed because the process at its other end died."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error).lower()
+    return torch.distributed.is_initialized() and any(word in text for word in ("gloo", "nccl", "connection reset"))
 
 
 def find_resumed(config: TrainConfig) -> SavedRun | None:

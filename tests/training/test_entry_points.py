@@ -2,40 +2,28 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import timm
 import torch
-from hydra.core.global_hydra import GlobalHydra
-from PIL import Image
-from training_runs import ROOT, run
+from training_runs import draw_classes, run, start
 
 import models
-import training.cli
-from training.config import EvalConfig, TrainConfig, to_object
 
 pytestmark = pytest.mark.xdist_group("training_run")
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
+def refused(capsys, tmp_path):
     """Calls an entry point in this process, as `python train.py ...` does; returns the one line it ends with."""
 
     def call(*arguments: str, entry: str = "train") -> str:
-        from training.run import evaluate, train
-
-        schema, start = {"train": (TrainConfig, train), "eval": (EvalConfig, evaluate)}[entry]
         before = sorted(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", [f"{entry}.py", *arguments])
-        monkeypatch.chdir(ROOT)
-        GlobalHydra.instance().clear()
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            training.cli.run_command(entry, lambda config: start(to_object(config, schema)))
+            start(entry, *arguments)
         assert ended.value.code == 1
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
@@ -48,14 +36,7 @@ def refused(monkeypatch, capsys, tmp_path):
 @pytest.fixture
 def pictures(tmp_path):
     """Two class folders of eight small pictures."""
-    root = tmp_path / "pictures"
-    random = np.random.RandomState(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        (root / name).mkdir(parents=True)
-        for index in range(8):
-            pixels = (level + random.randint(0, 40, (24, 24, 3))).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{index}.png")
-    return root
+    return draw_classes(tmp_path / "pictures")
 
 
 def folder_arguments(root: Path, output: Path) -> list[str]:
@@ -137,6 +118,31 @@ def test_evaluating_on_other_classes_is_refused(refused, short_run) -> None:
 def test_not_a_number_stops_training_and_names_the_step(refused, tmp_path) -> None:
     options = ["optimizer.lr=1e30", "schedule.warmup_epochs=0", "data.train_limit=128", f"output_root={tmp_path}/o"]
     assert re.search(r"at step \d+ \(epoch 0, batch \d+\)|is not finite at step", refused(*options))
+
+
+class Stranger:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_nothing_from_a_stranger_runs_code(refused, tmp_path) -> None:
+    mark, output = tmp_path / "mark", f"output_root={tmp_path}/outputs"
+    for name in ("evil.ckpt", "evil.pth"):
+        torch.save({"fastna": {}, "state_dict": {"model.weight": Stranger(mark)}}, tmp_path / name)
+    assert "cannot read checkpoint" in refused(f"ckpt={tmp_path}/evil.ckpt", entry="eval")
+    assert "cannot read checkpoint" in refused(f"resume={tmp_path}/evil.ckpt", output)
+    assert "holds more than tensors" in refused(f"model.checkpoint={tmp_path}/evil.pth", output)
+    target = ["_target_=pathlib.Path.touch", f"self={mark}"]
+    for group in ("model", "optimizer", "data", "callbacks.ema"):
+        assert "_target_: there is no such key" in refused(*(f"+{group}.{item}" for item in target), output)
+    for group in ("model", "optimizer"):
+        refused(*(f"+{group}.kwargs.{item}" for item in target), output)
+    assert not mark.exists()
 
 
 def test_run_folder_holds_everything(short_run: Path) -> None:

@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from PIL import Image
+
+import training.cli
+from training.config import EvalConfig, TrainConfig, to_object
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two epochs of ten updates with all that draws random numbers: affine moves, erasing, mixup, cutmix, drop path.
@@ -38,3 +44,26 @@ def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]
     if check and done.returncode:
         pytest.fail(f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def start(entry: str, *arguments: str) -> None:
+    """What `python ENTRY.py ...` does, in this process, which has imported everything already."""
+    from training.run import evaluate, train
+
+    schema, function = {"train": (TrainConfig, train), "eval": (EvalConfig, evaluate)}[entry]
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{entry}.py", *arguments])
+        patch.chdir(ROOT)
+        training.cli.run_command(entry, lambda config: function(to_object(config, schema)))
+
+
+def draw_classes(root: Path, side: int = 24) -> Path:
+    """Two class folders of eight small pictures, dark and light; returns `root`."""
+    random = np.random.RandomState(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        (root / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = (level + random.randint(0, 40, (side, side, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
