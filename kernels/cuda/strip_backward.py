@@ -238,7 +238,7 @@ def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:
     chunk_rows = tile.step_rows * -(-rows // (tile.step_rows * tile.chunks))  # whole steps
     chunks = -(-rows // chunk_rows)
     # One row more while others come in: StripBackwardWalk::whole_pairs.
-    ring_rows = _most_needed(row_axis, tile.step_rows, 2) + 1 if tile.ahead else _most_needed(row_axis, tile.step_rows, 1)
+    ring_rows = _most_needed(row_axis, tile.step_rows, 2 if tile.ahead else 1) + int(tile.ahead)
     pitch = max(PRODUCT_COLUMNS, _most_needed(column_axis, tile_columns, 1))
     walk_rows = _round_up(min(rows, chunk_rows + 2 * row_axis.window) + 1, 2)
     source = KernelSource(

@@ -328,7 +328,8 @@ FASTNA_DEVICE void strip_backward(const StripBackwardArguments& args) {
   }
 
   int item = warp_index(), parity = 0;
-  // Whether the ring has room for the rows of the step from `row`, one before them (see whole_pairs) and those of the next, which then come in while this one's are used.
+  // Whether the ring has room for the rows of the step from `row`, one before them (see whole_pairs) and those of the next, which then
+  // come in while this one's are used.
   const auto has_room = [&](int row) {
     const Interval next = walk.step(row + args.step_rows, args.step_rows);
     return next.size() > 0 && walk.needed_rows(next).end - walk.needed_rows(walk.step(row, args.step_rows)).begin < args.ring_rows;

@@ -82,6 +82,7 @@ struct alignas(16) StripSweep {
   uint2 masks[4];                  // per lane q, for the upper and the lower column: the right columns 2 q (low half) and 2 q + 1 in reach
 };
 constexpr int SWEEPS = 2;
+static_assert(sizeof(StripStep) == 160 && sizeof(StripSweep) == 48, "the host counts as many bytes");
 
 // Where things begin in dynamic shared memory; kernels/cuda/strip_backward.py adds up the same sizes.
 template <class Config>
