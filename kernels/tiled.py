@@ -22,9 +22,13 @@ from kernels.backend import Gradients, Operands
 from kernels.problem import Axis, Problem
 from kernels.tiles import TileClass, bias_index, tile_classes, tile_view
 
-# Scores in flight. On a CPU a few MiB stay in the last-level cache between the passes; a GPU wants launches that fill
-# it.
-CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Scores in flight. On a CPU they stay in a core's own cache between the passes, as long as the calls themselves cost
+# little beside them; a GPU wants launches that fill it.
+CHUNK_SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+
+# Columns are padded to a multiple of a vector register (16 floats with AVX-512, 8 with AVX2): a softmax over 49 scores
+# takes three times as long as one over 64.
+VECTOR = 16
 
 
 class Workspace:
@@ -48,7 +52,8 @@ class Tiles:
     """One class of tiles in one call: its views of the operands, its bias, its chunks.
 
     Products run over `[matrices, rows, columns]`: a matrix is one tile and one key head; its rows are the tile's
-    queries for each of the query heads that share the key head, its columns the halo's keys, then the additional ones.
+    queries for each of the query heads that share the key head, its columns the halo's keys, then the additional ones,
+    then padding: zeros with a bias of -inf.
     """
 
     def __init__(self, problem: Problem, operands: Operands, tiles: TileClass, workspace: Workspace) -> None:
@@ -58,7 +63,7 @@ class Tiles:
         self.workspace = workspace
         self.queries = math.prod(tile.queries for tile in tiles)
         self.keys = math.prod(tile.keys for tile in tiles)
-        self.columns = self.keys + problem.additional
+        self.columns = -(-(self.keys + problem.additional) // VECTOR) * VECTOR
         self.shared = problem.heads // problem.key_heads
         self.rows = self.shared * self.queries
         self.outer = (problem.batch, *(size for tile in tiles for size in (tile.groups, tile.tiles)))
@@ -106,40 +111,57 @@ class Tiles:
         lead = part.shape[: len(self.outer) + 1]
         buffer = self.workspace.take(name, *lead, self.columns, dim)
         buffer[..., : self.keys, :].view(part.shape).copy_(part)
+        end = self.keys
         if additional is not None:
+            end += additional.shape[1]
             items = additional[chunk[0]].transpose(1, 2)
-            buffer[..., self.keys :, :] = items.reshape(items.shape[0], *(1,) * (len(self.outer) - 1), *items.shape[1:])
+            buffer[..., self.keys : end, :] = items.reshape(
+                items.shape[0], *(1,) * (len(self.outer) - 1), *items.shape[1:]
+            )
+        buffer[..., end:, :].zero_()
         return buffer.view(-1, self.columns, dim)
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """`scale * query key^T + bias`, -inf outside the windows, `[matrices, rows, columns]`."""
         scores = self.workspace.take("scores", query.shape[0], self.rows, self.columns)
         if self.bias is not None:
-            start = scores.view(-1, self.problem.key_heads, self.shared, self.queries, self.columns)
-            start[..., : self.keys].copy_(self.bias)
-            start[..., self.keys :].zero_()
+            scores.view(-1, self.problem.key_heads, self.shared, self.queries, self.columns).copy_(self.bias)
         beta = 0 if self.bias is None else 1
         return torch.baddbmm(scores, query, key.mT, beta=beta, alpha=self.problem.scale, out=scores)
 
     def _bias(self) -> Tensor | None:
-        """`[key_heads, shared, queries, keys]` (or 1, 1, queries, keys): rpb, -inf outside the windows."""
+        """`[key_heads, shared, queries, columns]` (or 1, 1, queries, columns): rpb, 0 for additional keys, -inf outside
+        the windows. None if it is zero everywhere."""
         rpb = self.operands.rpb
         problem = self.problem
         if rpb is None:
-            masked = any(tile.is_masked for tile in self.tiles)
-            return _mask(problem.axes, self.tiles, problem.device, problem.accumulation_dtype) if masked else None
+            dense = self.columns == self.keys + problem.additional and not any(tile.is_masked for tile in self.tiles)
+            arguments = (problem.axes, self.tiles, problem.additional, self.columns)
+            return None if dense else _mask(*arguments, problem.device, problem.accumulation_dtype)
         table = rpb.flatten(1).to(problem.accumulation_dtype)
         table = torch.cat((table, table.new_full((problem.heads, 1), -math.inf)), 1)
-        bias = table.index_select(1, bias_index(problem.axes, self.tiles, problem.device))
-        return bias.view(problem.key_heads, self.shared, self.queries, self.keys)
+        inside = table.index_select(1, bias_index(problem.axes, self.tiles, problem.device))
+        bias = inside.new_full((problem.key_heads, self.shared, self.queries, self.columns), -math.inf)
+        bias[..., : self.keys] = inside.view(*bias.shape[:-1], self.keys)
+        bias[..., self.keys : self.keys + problem.additional] = 0
+        return bias
 
 
 @lru_cache(maxsize=256)
-def _mask(axes: tuple[Axis, ...], tiles: TileClass, device: torch.device, dtype: torch.dtype) -> Tensor:
-    index = bias_index(axes, tiles, device)
+def _mask(
+    axes: tuple[Axis, ...],
+    tiles: TileClass,
+    additional: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    index = bias_index(axes, tiles, device).view(1, 1, math.prod(tile.queries for tile in tiles), -1)
     outside = math.prod(2 * axis.window - 1 for axis in axes)
-    mask = torch.zeros(index.shape, dtype=dtype, device=device).masked_fill_(index == outside, -math.inf)
-    return mask.view(1, 1, math.prod(tile.queries for tile in tiles), -1)
+    mask = torch.full((*index.shape[:-1], columns), -math.inf, dtype=dtype, device=device)
+    mask[..., : index.shape[-1] + additional] = 0
+    mask[..., : index.shape[-1]].masked_fill_(index == outside, -math.inf)
+    return mask
 
 
 class Tiled:
@@ -211,15 +233,19 @@ class Tiled:
                 ds = torch.bmm(do, value.mT, out=workspace.take("ds", *p.shape)).sub_(own_delta).mul_(p)
                 if bias_sum is not None:
                     bias_sum += ds.view(-1, *bias_sum.shape).sum(0)
-                grad = torch.bmm(ds.mT, query, out=workspace.take("grad", *key.shape)).mul_(problem.scale)
+                grad = _scaled_product(ds.mT, query, problem.scale, workspace.take("grad", *key.shape))
                 sums.add_columns(part, chunk, grad, sums.key, sums.additional_keys)
 
-                grad = torch.bmm(ds, key, out=workspace.take("grad", *query.shape)).mul_(problem.scale)
+                grad = _scaled_product(ds, key, problem.scale, workspace.take("grad", *query.shape))
                 target = grad_query_view[chunk]
                 target.copy_(grad.view(target.shape))
             if bias_sum is not None:
                 sums.add_bias(part, bias_sum)
         return sums.gradients()
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> Tensor:
+    return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 def _delta(problem: Problem, output: Tensor, grad_output: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -230,20 +256,35 @@ def _delta(problem: Problem, output: Tensor, grad_output: Tensor, grad_lse: Tens
 
 
 class _Sums:
-    """Gradients in the making. Tiles share keys: those of key and value are sums, kept heads-first (longer rows)."""
+    """Gradients in the making. Where tiles share keys, those of key and value are sums, in heads-first memory (longer
+    rows); where every tile has keys of its own, they are written in place."""
 
     def __init__(self, problem: Problem, operands: Operands, needs_rpb_grad: bool) -> None:
         self.problem = problem
         self.operands = operands
         self.query = operands.query.new_empty(operands.query.shape)
         dtype = problem.accumulation_dtype
-        self.key = _heads_first_zeros(operands.key, dtype)
-        self.value = _heads_first_zeros(operands.value, dtype)
-        self.rpb = self.key.new_zeros(problem.heads, math.prod(problem.rpb_shape[1:]) + 1) if needs_rpb_grad else None
+        self.shares_keys = any(
+            tile.queries < axis.group_length(tile.first_group)
+            for tiles in tile_classes(problem.axes)
+            for axis, tile in zip(problem.axes, tiles, strict=True)
+        )
+        self.key = self._start(operands.key)
+        self.value = self._start(operands.value)
+        self.rpb = None
+        if needs_rpb_grad:
+            self.rpb = self.key.new_zeros((problem.heads, math.prod(problem.rpb_shape[1:]) + 1), dtype=dtype)
         self.additional_keys = self.additional_values = None
         if operands.additional_keys is not None and operands.additional_values is not None:
             self.additional_keys = torch.zeros_like(operands.additional_keys, dtype=dtype).contiguous()
             self.additional_values = torch.zeros_like(operands.additional_values, dtype=dtype).contiguous()
+
+    def _start(self, like: Tensor) -> Tensor:
+        """`[batch, *space, key_heads, dim]` to put gradients in."""
+        if not self.shares_keys:
+            return like.new_empty(like.shape)
+        batch, *space, heads, dim = like.shape
+        return like.new_zeros((batch, heads, *space, dim), dtype=self.problem.accumulation_dtype).movedim(1, -2)
 
     def add_columns(
         self, part: Tiles, chunk: tuple[slice, ...], grad: Tensor, to: Tensor, to_additional: Tensor | None
@@ -253,14 +294,20 @@ class _Sums:
         grad = grad.view(*sizes, self.problem.key_heads, part.columns, -1)
         if to_additional is not None:
             kept = (0, len(sizes), len(sizes) + 1, len(sizes) + 2)
-            summed = grad[..., part.keys :, :].sum([i for i in range(grad.dim()) if i not in kept])
+            summed = grad[..., part.keys : part.keys + self.problem.additional, :].sum(
+                [i for i in range(grad.dim()) if i not in kept]
+            )
             to_additional[chunk[0]] += summed.transpose(1, 2)
         halo = grad[..., : part.keys, :].unflatten(-2, tuple(tile.keys for tile in part.tiles))
         rank = self.problem.rank
         for pieces in product(*(tile.key_pieces() for tile in part.tiles)):
             source = halo[(..., *(slice(*piece) for piece in pieces), slice(None))]
-            target = tile_view(to.movedim(1, -2), self.problem, part.tiles, keys=True, pieces=pieces)
-            target.movedim(-2, -2 - rank)[chunk].add_(source)
+            target = tile_view(to, self.problem, part.tiles, keys=True, pieces=pieces)
+            target = target.movedim(-2, -2 - rank)[chunk]
+            if self.shares_keys:
+                target.add_(source)
+            else:
+                target.copy_(source)
 
     def add_bias(self, part: Tiles, grad: Tensor) -> None:
         """Adds `grad [key_heads, rows, columns]`, the sum of ds over the tiles of a class, to the gradient of rpb."""
@@ -274,21 +321,15 @@ class _Sums:
             rpb = self.rpb[:, :-1].reshape(self.problem.rpb_shape).to(self.problem.rpb_dtype)
         return Gradients(
             query=self.query,
-            key=_as(self.key.movedim(1, -2), operands.key),
-            value=_as(self.value.movedim(1, -2), operands.value),
+            key=self._finish(self.key, operands.key),
+            value=self._finish(self.value, operands.value),
             rpb=rpb,
             additional_keys=None if self.additional_keys is None else self.additional_keys.to(self.query.dtype),
             additional_values=None if self.additional_values is None else self.additional_values.to(self.query.dtype),
         )
 
-
-def _heads_first_zeros(like: Tensor, dtype: torch.dtype) -> Tensor:
-    batch, *space, heads, dim = like.shape
-    return like.new_zeros((batch, heads, *space, dim), dtype=dtype)
-
-
-def _as(grad: Tensor, like: Tensor) -> Tensor:
-    return like.new_empty(like.shape).copy_(grad)
+    def _finish(self, grad: Tensor, like: Tensor) -> Tensor:
+        return like.new_empty(like.shape).copy_(grad) if self.shares_keys else grad
 
 
 BACKEND = Tiled()
