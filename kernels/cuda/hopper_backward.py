@@ -1,7 +1,7 @@
 """`hopper_backward`: gradients for large windows on sm_90a, the same bits every time. See src/hopper_gradient.cuh.
 
 Three launches: what every query needs besides its vectors (hopper_statistics.cuh), the gradient of the queries, and
-the gradients of keys and values.
+the gradients of keys and values; above a head_dim of 128 these two go one by one.
 """
 
 from __future__ import annotations
@@ -50,9 +50,24 @@ HOPPER_GRADIENT = Struct(
 _set_gradient = HOPPER_GRADIENT.pointers("row_statistics", "grad_first.data", "grad_second.data")
 
 ARCHITECTURES = ("sm_90a",)
-MAX_HEAD_DIM = 128  # the gradients of 64 keys and values fill the registers of a warpgroup
+MOST_SUMMED_TOGETHER = 128  # head_dim up to which registers hold the gradients of 64 keys and of their values
 STATISTICS = 4  # floats per query
 _STATISTICS_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A launch: whether rows are keys, and which of their gradients it sums up (see HopperGradientConfig)."""
+
+    keys: bool
+    first: bool
+    second: bool
+
+
+QUERY = Part(keys=False, first=True, second=False)
+KEY_AND_VALUE = Part(keys=True, first=True, second=True)
+KEY = Part(keys=True, first=True, second=False)
+VALUE = Part(keys=True, first=False, second=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +84,13 @@ class Shape:
     queued: bool
 
 
-def shape_of(head_dim: int, keys: bool) -> Shape:
-    """What registers and shared memory allow, where rows are queries or keys."""
-    if not keys:
+def shape_of(head_dim: int, part: Part) -> Shape:
+    """What registers and shared memory allow."""
+    if head_dim > 192:
+        return Shape(2, 32 if part.first else 48, queued=False)
+    if head_dim > MOST_SUMMED_TOGETHER:
+        return Shape(2, 64, queued=False)
+    if not part.keys:
         return Shape(2, 128 if head_dim <= 64 else 112, queued=head_dim < 128)
     if head_dim <= 64:
         return Shape(2, 112, queued=head_dim <= 32)
@@ -80,8 +99,6 @@ def shape_of(head_dim: int, keys: bool) -> Shape:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the backward pass, in one sentence; None where it does."""
-    if problem.head_dim > MAX_HEAD_DIM:
-        return f"it takes a head_dim up to {MAX_HEAD_DIM} in the backward pass, not {problem.head_dim}"
     return hopper_tiles.why_not(problem)
 
 
@@ -96,12 +113,18 @@ def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
     return next((reason for name, tensor in named if (reason := hopper_tiles.why_not_tensor(name, tensor))), None)
 
 
-def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, keys: bool) -> KernelSource:
-    queued = str(shape_of(head_dim, keys).queued).lower()
+def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, part: Part) -> KernelSource:
     return KernelSource(
         "src/hopper_gradient.cuh",
         "hopper_gradient",
-        f"HopperGradientConfig<{tiles.config(dtype, head_dim, inverse=keys)}, {tiles.registers}, {queued}>",
+        instantiate(
+            "HopperGradientConfig",
+            tiles.config(dtype, head_dim, inverse=part.keys),
+            tiles.registers,
+            shape_of(head_dim, part).queued,
+            part.first,
+            part.second,
+        ),
         "HopperGradientArguments",
         tiles.threads,
         tiles.resident,
@@ -118,14 +141,13 @@ def _statistics_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
     )
 
 
-def _shared_bytes(tiles: Tiles, head_dim: int, keys: bool) -> int:
-    second_stages = tiles.stages if keys else min(tiles.stages, 2)
+def _shared_bytes(tiles: Tiles, head_dim: int, part: Part) -> int:
+    second_stages = tiles.stages if part.second else min(tiles.stages, 2)
     stages = tiles.stages + second_stages
-    columns = math.prod(tiles.columns)
-    statistics = 4 * STATISTICS * (tiles.stages * columns if keys else 1)
-    barriers = 8 * (1 + 2 * stages)
-    used = 2 * tiles.rows_bytes(head_dim) + stages * tiles.box_bytes(head_dim) + statistics + barriers
-    return -(-(used + tiles.windows_bytes) // 16) * 16
+    rows = tiles.rows_bytes(head_dim) + (tiles.rows_bytes(head_dim) if part.first else 1024)
+    statistics = 4 * STATISTICS * (second_stages * math.prod(tiles.columns) if part.keys else 1)
+    used = rows + stages * tiles.box_bytes(head_dim) + statistics + 8 * (1 + 2 * stages) + tiles.windows_bytes
+    return -(-used // 16) * 16
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,12 +166,11 @@ def _statistics_plan(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, keys: bool, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
+def _plan(problem: Problem, part: Part, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
     axes = arguments.padded_axes(problem)
-    shape = shape_of(problem.head_dim, keys)
-    tiles = choose_tiles(axes, shape.groups, shape.columns, stages=3, inverse=keys)
+    shape = shape_of(problem.head_dim, part)
+    tiles = choose_tiles(axes, shape.groups, shape.columns, stages=3, inverse=part.keys)
     counts = tiles.counts(axes)
-    heads = problem.key_heads if keys else problem.heads
     grad = arguments.pack_tensor(grad_strides, problem.rank)
     packed = HOPPER_GRADIENT.pack(
         first_rows=b"",
@@ -162,26 +183,30 @@ def _plan(problem: Problem, keys: bool, grad_strides: tuple[int, ...]) -> tuple[
         geometry=arguments.pack_geometry(problem),
         tiles=counts,
     )
+    heads = problem.key_heads if part.keys else problem.heads
     grid = math.prod(counts) * math.prod(problem.dilation) * heads * problem.batch
-    source = _source(tiles, problem.dtype, problem.head_dim, keys)
-    return source, grid, _shared_bytes(tiles, problem.head_dim, keys), packed, tiles
+    source = _source(tiles, problem.dtype, problem.head_dim, part)
+    return source, grid, _shared_bytes(tiles, problem.head_dim, part), packed, tiles
 
 
 def _launch(
-    problem: Problem, keys: bool, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor], statistics: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `rows`: of queries alone, or of keys and values."""
-    grads = [row.new_empty(row.shape) for row in (rows if keys else rows[:1])]
-    source, grid, shared_bytes, packed, tiles = _plan(problem, keys, grads[0].stride())
+    problem: Problem,
+    part: Part,
+    rows: tuple[Tensor, Tensor],
+    columns: tuple[Tensor, Tensor],
+    statistics: Tensor,
+    grads: tuple[Tensor, Tensor | None],
+) -> None:
+    """Writes the gradients of `rows` that the part is about; `columns` is what its rows see, or what sees them."""
+    first, second = grads
+    source, grid, shared_bytes, packed, tiles = _plan(problem, part, first.stride())
     tensors = ((rows[0], tiles.rows), (rows[1], tiles.rows), (columns[0], tiles.columns), (columns[1], tiles.columns))
     maps = b"".join(map_tensor(tensor, box, problem.dilation) for tensor, box in tensors)
-    if keys:
+    if part.keys:
         maps += map_tensor(statistics, tiles.columns, problem.dilation)
     packed = maps + packed[len(maps) :]
-    second = grads[1].data_ptr() if keys else 0
-    packed = _set_gradient(packed, statistics.data_ptr(), grads[0].data_ptr(), second)
-    runtime.kernel(source, problem.device).launch(grid, shared_bytes, packed)
-    return grads[0], grads[1] if keys else None
+    addresses = statistics.data_ptr(), first.data_ptr(), 0 if second is None else second.data_ptr()
+    runtime.kernel(source, problem.device).launch(grid, shared_bytes, _set_gradient(packed, *addresses))
 
 
 def backward(
@@ -201,10 +226,11 @@ def backward(
     addresses = [0 if t is None else t.data_ptr() for t in (output, grad_output, lse, grad_lse, statistics)]
     runtime.kernel(source, problem.device).launch(grid, 0, _set_statistics(packed, *addresses))
 
+    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
-    grad_query, _ = _launch(problem, False, of_queries, of_keys, statistics)
-    grad_key, grad_value = _launch(problem, True, of_keys, of_queries, statistics)
-    assert grad_value is not None
+    _launch(problem, QUERY, of_queries, of_keys, statistics, (grad_query, None))
+    for part in (KEY_AND_VALUE,) if problem.head_dim <= MOST_SUMMED_TOGETHER else (KEY, VALUE):
+        _launch(problem, part, of_keys, of_queries, statistics, (grad_key, grad_value))
     return Gradients(grad_query, grad_key, grad_value, None)
 
 
@@ -212,11 +238,11 @@ def representative_sources() -> Iterable[KernelSource]:
     """One configuration per rank and class of head_dim, for the compile check; sm_90a only."""
     for dtype in (torch.float16, torch.bfloat16):
         yield _statistics_source(dtype, 128)
-        for head_dim in (32, 64, 96, 128):
-            for keys in (False, True):
-                shape = shape_of(head_dim, keys)
+        for head_dim in (32, 64, 96, 128, 192, 256):
+            for part in (QUERY, KEY_AND_VALUE) if head_dim <= MOST_SUMMED_TOGETHER else (QUERY, KEY, VALUE):
+                shape = shape_of(head_dim, part)
                 box = (1, shape.columns // 8, 8)
-                yield _source(Tiles((1, 8, 8), (1, 1, shape.groups), box, 3), dtype, head_dim, keys)
+                yield _source(Tiles((1, 8, 8), (1, 1, shape.groups), box, 3), dtype, head_dim, part)
         for rows, columns in (((1, 1, 64), (1, 1, 48)), ((8, 8, 1), (6, 1, 8))):
-            for keys in (False, True):
-                yield _source(Tiles(rows, (1, 1, 2), columns, 3), dtype, 128, keys)
+            for part in (QUERY, KEY_AND_VALUE):
+                yield _source(Tiles(rows, (1, 1, 2), columns, 3), dtype, 128, part)

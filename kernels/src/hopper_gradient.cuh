@@ -5,7 +5,7 @@
 //
 // One kernel, two ways. Rows are queries: a row's two vectors are query and grad_output, key and value stream past, and one gradient
 // is summed up. Rows are keys: theirs are key and value, query and grad_output of all heads that share them stream past, and two
-// gradients are summed up. Nothing is added by more than one block, so the result is the same bits every time.
+// gradients are summed up; or one of them per launch, where registers do not hold both. Nothing is added by more than one block, so the result is the same bits every time.
 //
 // Weights and their gradients go to the second products in registers: an accumulator of s^T or ds^T is laid out as the operand wants it.
 #pragma once
@@ -26,12 +26,16 @@ struct HopperGradientArguments {
 
 // QUEUED: dp of a box is asked for before the last box's gradients are summed up. It keeps the matrix units busy longer, and costs the
 // registers of the factors of those sums.
-template <class Tiles_, int REGISTERS, bool QUEUED_>
+// FIRST, SECOND: which gradients are summed up, grad_query or grad_key, and grad_value.
+template <class Tiles_, int REGISTERS, bool QUEUED_, bool FIRST_, bool SECOND_>
 struct HopperGradientConfig {
   using Tiles = Tiles_;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
-  static constexpr bool QUEUED = QUEUED_;
+  static constexpr bool QUEUED = QUEUED_, FIRST = FIRST_, SECOND = SECOND_;
   static constexpr bool KEYS = Tiles::INVERSE;  // rows are keys
+  static_assert(FIRST || SECOND, "a gradient is summed up");
+  static_assert(KEYS || !SECOND, "queries have one gradient");
+  static_assert(FIRST || !QUEUED, "dp is for the first gradient");
 };
 
 template <class Config>
@@ -40,17 +44,18 @@ struct HopperGradient {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
-  static constexpr bool KEYS = Config::KEYS;
+  static constexpr bool KEYS = Config::KEYS, FIRST = Config::FIRST, SECOND = Config::SECOND, QUEUED = Config::QUEUED;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, GROUPS = Tiles::WARPGROUPS;
-  // A box is held until the next one's scores are computed, save for the second half where rows are queries.
-  static constexpr int STAGES = Tiles::STAGES, SECOND_STAGES = KEYS ? STAGES : minimum(STAGES, 2);
+  // A box is held until the next one's scores are computed, save for the second half where it has no gradient.
+  static constexpr int STAGES = Tiles::STAGES, SECOND_STAGES = SECOND ? STAGES : minimum(STAGES, 2);
   static_assert(STAGES >= 2, "two boxes are in use at once");
   static constexpr int ROW = Tiles::ROW_BYTES, SLICE = Tiles::SLICE;
 
   struct Shared {
-    u8 first_rows[GROUPS][Tiles::ROWS_BYTES], second_rows[GROUPS][Tiles::ROWS_BYTES];
+    u8 first_rows[GROUPS][Tiles::ROWS_BYTES];
+    u8 second_rows[FIRST ? GROUPS : 1][FIRST ? Tiles::ROWS_BYTES : 1024];
     u8 first[STAGES][Tiles::BOX_BYTES], second[SECOND_STAGES][Tiles::BOX_BYTES];
-    float4 statistics[KEYS ? STAGES : 1][KEYS ? N : 1];  // come and go with `second`
+    float4 statistics[KEYS ? SECOND_STAGES : 1][KEYS ? N : 1];  // come and go with `second`
     MemoryBarrier rows_full, first_full[STAGES], first_empty[STAGES], second_full[SECOND_STAGES], second_empty[SECOND_STAGES];
     typename Place::Windows windows[GROUPS];
   };
@@ -71,13 +76,13 @@ struct HopperGradient {
 
   // One thread: the rows once, then every box of columns as its stage falls free.
   FASTNA_DEVICE void produce() {
-    barrier_expect(shared.rows_full, 2 * GROUPS * Tiles::ROWS_BYTES);
+    barrier_expect(shared.rows_full, (FIRST ? 2 : 1) * GROUPS * Tiles::ROWS_BYTES);
     FASTNA_UNROLL
     for (int w = 0; w < GROUPS; ++w) {
       int first[3];
       place.own_origin(w, first);
       place.copy_slices(shared.first_rows[w], 64, args.first_rows, shared.rows_full, place.head * D, first);
-      place.copy_slices(shared.second_rows[w], 64, args.second_rows, shared.rows_full, place.head * D, first);
+      if constexpr (FIRST) place.copy_slices(shared.second_rows[w], 64, args.second_rows, shared.rows_full, place.head * D, first);
     }
     const int first_head = KEYS ? place.head * shared_heads : place.head / (args.geometry.heads / args.geometry.key_heads);
     Walk walk{0, {0, 0, 0}, 0};
@@ -118,15 +123,12 @@ struct HopperGradient {
     barrier_wait(shared.rows_full, 0);
 
     const float scale = args.geometry.scale * LOG2_E;
-    const u32 first_rows = shared_address(shared.first_rows[w]), second_rows = shared_address(shared.second_rows[w]);
+    const u32 first_rows = shared_address(shared.first_rows[w]), second_rows = shared_address(shared.second_rows[FIRST ? w : 0]);
     float scores[N / 2], slopes[N / 2];  // s, then p; dp, then ds
-    u32 weights[KEYS ? N / 4 : 1], packed_slopes[N / 4];
-    float grad_first[D / 2], grad_second[KEYS ? D / 2 : 1];
+    u32 weights[N / 4], packed_slopes[N / 4];
+    float grad_first[D / 2], grad_second[D / 2];
     FASTNA_UNROLL
-    for (int i = 0; i < D / 2; ++i) {
-      grad_first[i] = 0.0f;
-      if constexpr (KEYS) grad_second[i] = 0.0f;
-    }
+    for (int i = 0; i < D / 2; ++i) grad_first[i] = grad_second[i] = 0.0f;
 
     const auto release = [&](MemoryBarrier& barrier) {
       if (lane == 0) barrier_arrive(barrier);
@@ -186,7 +188,7 @@ struct HopperGradient {
     };
     // lse comes with the second half of a box.
     const auto weigh = [&]() {
-      if constexpr (KEYS && !Config::QUEUED) barrier_wait(shared.second_full[second_stage(walk.step)], second_parity(walk.step));
+      if constexpr (KEYS && !QUEUED) barrier_wait(shared.second_full[second_stage(walk.step)], second_parity(walk.step));
       sight.hide(scores, walk, row, quad);
       FASTNA_UNROLL
       for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * scale - statistic(walk.step, i, 0));
@@ -194,28 +196,32 @@ struct HopperGradient {
     const auto differentiate = [&]() {
       FASTNA_UNROLL
       for (int i = 0; i < N / 4; ++i) {
-        if constexpr (KEYS) weights[i] = pack2<T>(scores[2 * i], scores[2 * i + 1]);
-        const float low = scores[2 * i] * (slopes[2 * i] - statistic(walk.step, 2 * i, 1));
-        const float high = scores[2 * i + 1] * (slopes[2 * i + 1] - statistic(walk.step, 2 * i + 1, 1));
-        packed_slopes[i] = pack2<T>(low, high);
+        if constexpr (SECOND) weights[i] = pack2<T>(scores[2 * i], scores[2 * i + 1]);
+        if constexpr (FIRST) {
+          const float low = scores[2 * i] * (slopes[2 * i] - statistic(walk.step, 2 * i, 1));
+          const float high = scores[2 * i + 1] * (slopes[2 * i + 1] - statistic(walk.step, 2 * i + 1, 1));
+          packed_slopes[i] = pack2<T>(low, high);
+        }
       }
-      // Of queries nothing more is needed from a value box; of keys, grad_output waits for its product with the weights.
-      if constexpr (!KEYS) release(shared.second_empty[second_stage(walk.step)]);
+      if constexpr (!SECOND) {
+        sync_warp();  // all lanes have read the statistics
+        release(shared.second_empty[second_stage(walk.step)]);
+      }
     };
     const auto add_gradients = [&](int step) {
-      if constexpr (KEYS) add_product(grad_second, weights, shared.second[second_stage(step)]);
-      add_product(grad_first, packed_slopes, shared.first[first_stage(step)]);
+      if constexpr (SECOND) add_product(grad_second, weights, shared.second[second_stage(step)]);
+      if constexpr (FIRST) add_product(grad_first, packed_slopes, shared.first[first_stage(step)]);
     };
     const auto release_added = [&](int step) {
       release(shared.first_empty[first_stage(step)]);
-      if constexpr (KEYS) release(shared.second_empty[second_stage(step)]);
+      if constexpr (SECOND) release(shared.second_empty[second_stage(step)]);
     };
     while (true) {
       skip_unneeded();
       if (walk.step >= count) break;
       multiply_first(walk.step);
-      multiply_second(walk.step);
-      wgmma_wait<1>();
+      if constexpr (FIRST) multiply_second(walk.step);
+      wgmma_wait<FIRST>();
       weigh();
       wgmma_wait<0>();
       differentiate();
@@ -225,12 +231,12 @@ struct HopperGradient {
         // The weights of this box are computed while the last one's gradients are summed up.
         multiply_first(walk.step);
         add_gradients(last);
-        if constexpr (Config::QUEUED) multiply_second(walk.step);
-        wgmma_wait<(KEYS ? 2 : 1) + Config::QUEUED>();
+        if constexpr (QUEUED) multiply_second(walk.step);
+        wgmma_wait<FIRST + SECOND + QUEUED>();
         weigh();
-        wgmma_wait<Config::QUEUED>();
+        wgmma_wait<QUEUED>();
         release_added(last);
-        if constexpr (!Config::QUEUED) multiply_second(walk.step);
+        if constexpr (FIRST && !QUEUED) multiply_second(walk.step);
         wgmma_wait<0>();
         differentiate();
         last = walk.step;
@@ -241,8 +247,8 @@ struct HopperGradient {
       release_added(last);
     }
     if (sight.idle) return;
-    store(w, own, row, quad, thread, grad_first, args.geometry.scale, shared.first_rows[w], args.grad_first);
-    if constexpr (KEYS) store(w, own, row, quad, thread, grad_second, 1.0f, shared.second_rows[w], args.grad_second);
+    if constexpr (FIRST) store(w, own, row, quad, thread, grad_first, args.geometry.scale, shared.first_rows[w], args.grad_first);
+    if constexpr (SECOND) store(w, own, row, quad, thread, grad_second, 1.0f, FIRST ? shared.second_rows[w] : shared.first_rows[w], args.grad_second);
   }
 
   FASTNA_DEVICE i64 token_index(const int (&at)[3]) const {
