@@ -181,16 +181,17 @@ class Tiled:
             part = Tiles(problem, operands, tiles, workspace)
             output_view, lse_view = part.rows_view(output), part.rows_view(lse)
             for chunk in part.chunks():
-                query = part.read_rows("query", part.query, chunk)
-                key = part.read_columns("key", part.key, operands.additional_keys, chunk)
-                value = part.read_columns("value", part.value, operands.additional_values, chunk)
+                # Value takes key's place, output takes query's: less to hold in the cache.
+                query = part.read_rows("rows", part.query, chunk)
+                key = part.read_columns("columns", part.key, operands.additional_keys, chunk)
                 scores = part.scores(query, key)
                 largest = scores.amax(-1, keepdim=True)
                 p = torch.softmax(scores, -1, out=scores)
                 # The largest score's share of the sum is exp(largest - lse).
                 target = lse_view[chunk]
                 target.copy_((largest - p.amax(-1, keepdim=True).log_()).view(target.shape))
-                result = torch.bmm(p, value, out=workspace.take("output", *p.shape[:2], problem.value_dim))
+                value = part.read_columns("columns", part.value, operands.additional_values, chunk)
+                result = torch.bmm(p, value, out=workspace.take("rows", *p.shape[:2], problem.value_dim))
                 target = output_view[chunk]
                 target.copy_(result.view(target.shape))
         return output, lse.squeeze(-1)
@@ -236,7 +237,7 @@ class Tiled:
                 grad = _scaled_product(ds.mT, query, problem.scale, workspace.take("grad", *key.shape))
                 sums.add_columns(part, chunk, grad, sums.key, sums.additional_keys)
 
-                grad = _scaled_product(ds, key, problem.scale, workspace.take("grad", *query.shape))
+                grad = _scaled_product(ds, key, problem.scale, workspace.take("query", *query.shape))
                 target = grad_query_view[chunk]
                 target.copy_(grad.view(target.shape))
             if bias_sum is not None:

@@ -1,28 +1,34 @@
-"""Images per second of nat_tiny and dinat_tiny against timm's Swin-T on this CPU, as a Markdown table.
+"""Images per second of nat_tiny and dinat_tiny against timm's Swin-T on this CPU.
 
     python scripts/benchmark_cpu.py                                 # 2 threads, batch 8, 224 px, float32
     python scripts/benchmark_cpu.py --threads 8 --models nat_mini nat_base
 
 All models are timed in one run, in turn, round by round, so that whatever else the machine does hits them alike. Each
-figure is the best round: on a shared machine noise only ever adds time.
+figure is the best round: on a shared machine noise only ever adds time. Prints a table and writes JSON lines, one for
+the environment and one for each model and mode.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import timm
 import torch
+from rich.console import Console
+from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models  # noqa: F401  (registers the models)
+from benchmarks.device import describe, results_folder
 
 BASELINE = "swin_tiny_patch4_window7_224"
+Record = dict[str, str | int | float]
 
 
 def inference(name: str, batch: int, size: int) -> Callable[[], object]:
@@ -51,30 +57,57 @@ def _size(name: str, size: int) -> dict[str, int]:
     return {"img_size": size} if name == BASELINE else {}
 
 
-def best_of_rounds(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest call of each, all called in turn `rounds` times after one that is not timed."""
+def best_of_rounds(steps: dict[str, Callable[[], object]], rounds: int, seconds: float) -> tuple[dict[str, float], int]:
+    """Seconds of the fastest call of each step, and the number of rounds timed.
+
+    All are called in turn, first once untimed, then `rounds` times, or fewer (one at least) if `seconds` run out.
+    """
     best = dict.fromkeys(steps, float("inf"))
-    for index in range(rounds + 1):
+    deadline = time.monotonic() + seconds
+    for step in steps.values():
+        step()
+    timed = 0
+    while not timed or (timed < rounds and time.monotonic() < deadline):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if index:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
+            best[name] = min(best[name], time.perf_counter() - start)
+        timed += 1
+    return best, timed
 
 
-def table(names: Sequence[str], batch: int, size: int, rounds: int) -> str:
-    """Markdown: a row per model, images/s its ratio to the baseline's, in inference and in training."""
-    columns = {}
-    for kind in (inference, training):
-        columns[kind] = best_of_rounds({name: kind(name, batch, size) for name in names}, rounds)
-    lines = ["| model | inference, images/s | of Swin-T | training, images/s | of Swin-T |", "|---|---|---|---|---|"]
-    for name in names:
-        cells = [name]
-        for seconds in columns.values():
-            cells += [f"{batch / seconds[name]:.1f}", f"{seconds[BASELINE] / seconds[name]:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def measure(names: Sequence[str], batch: int, size: int, rounds: int, seconds: float) -> Iterator[Record]:
+    """One record per mode and model; the baseline's comes first in each mode."""
+    for mode, build in (("inference", inference), ("training", training)):
+        steps = {name: build(name, batch, size) for name in (BASELINE, *names)}
+        best, timed = best_of_rounds(steps, rounds, seconds / 2)
+        for name, fastest in best.items():
+            yield {
+                "suite": "cpu",
+                "model": name,
+                "mode": mode,
+                "threads": torch.get_num_threads(),
+                "batch": batch,
+                "size": size,
+                "rounds": timed,
+                "images_per_second": batch / fastest,
+                "of_baseline": best[BASELINE] / fastest,
+            }
+
+
+def table(records: Sequence[Record], title: str) -> Table:
+    """A row per model: images/s and their ratio to the baseline's, in inference and in training."""
+    shown = Table("model", title=title)
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        cells = rows.setdefault(str(record["model"]), [])
+        cells += [f"{record['images_per_second']:.1f}", f"{record['of_baseline']:.2f}"]
+    for mode in ("inference", "training"):
+        shown.add_column(f"{mode}, images/s", justify="right")
+        shown.add_column("of Swin-T", justify="right")
+    for name, cells in rows.items():
+        shown.add_row(name, *cells)
+    return shown
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,12 +116,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, help="of the images, in pixels")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=120, help="after which no further round starts, all in all")
+    parser.add_argument("--output", type=Path, help="JSON lines (default: cpu.jsonl in this processor's results)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"{options.threads} threads, batch {options.batch}, {options.size} px, best of {options.rounds} rounds\n")
-    print(table([BASELINE, *options.models], options.batch, options.size, options.rounds))
+
+    device = torch.device("cpu")
+    records = list(measure(options.models, options.batch, options.size, options.rounds, options.seconds))
+    title = f"{options.threads} threads, batch {options.batch}, {options.size} px, float32"
+    Console().print(table(records, title))
+    path = options.output or results_folder(device) / "cpu.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{"suite": "cpu", "environment": describe(device)}, *records]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
