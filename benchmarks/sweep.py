@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +17,8 @@ from benchmarks.cases import DTYPES, Case
 from benchmarks.device import describe, device_name
 from benchmarks.methods import BACKENDS, METHODS, Inputs, Prepared, Unsupported, make_inputs, sampled_error
 from benchmarks.timing import Call, measure
+from kernels.cuda.jit import KernelSource
+from kernels.cuda.runtime import Runtime, installed_runtime, use_runtime
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 TF32_TOLERANCE = 1e-3
@@ -28,6 +30,44 @@ def _sets_needed(case: Case, device: torch.device) -> int:
     """How many sets of inputs make a round trip larger than twice the cache."""
     problem = case.problem(device)
     return max(1, min(8, -(-CACHE_BYTES // int(floors.forward_bytes(problem) + 1)))) if device.type == "cuda" else 2
+
+
+class _Listening:
+    """A runtime that notes which kernels are asked for, and runs none."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.sources: list[KernelSource] = []
+
+    def kernel(self, source: KernelSource, device: torch.device) -> _Listening:
+        self.sources.append(source)
+        return self
+
+    def launch(self, *arguments: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runtime, name)
+
+
+def compile_ahead(cases: Sequence[Case], names: Sequence[str], device: torch.device, gradient: bool) -> int:
+    """Compiles the kernels that `cases` need side by side, and returns how many those are. Nothing is computed."""
+    runtime = installed_runtime(device)
+    if runtime is None:
+        return 0
+    listening = _Listening(runtime)
+    with use_runtime(device.type, cast(Runtime, listening)):
+        for case in cases:
+            one = case.replace(batch=1)
+            inputs = make_inputs(one, device, 0, gradient)
+            for name in set(names) & set(BACKENDS):
+                if _too_large(name, one, device) is None:
+                    prepared = METHODS[name](one, inputs, gradient)
+                    prepared.forward()
+                    if prepared.backward:
+                        prepared.backward()
+    runtime.prepare(listening.sources, device)
+    return len(set(listening.sources))
 
 
 def _too_large(name: str, case: Case, device: torch.device) -> str | None:
@@ -164,6 +204,7 @@ def run(
     finished = done_already(path)
     fresh: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    compile_ahead(cases, names, device, gradient=any(direction != "forward" for direction in directions))
     with path.open("a") as file, Progress(*columns, transient=True) as progress:
         file.write(json.dumps({"suite": suite, "environment": describe(device)}) + "\n")
         for case in progress.track(cases, description=suite):
