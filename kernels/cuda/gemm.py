@@ -36,7 +36,6 @@ from kernels.cuda.weights import (
     geometry_of,
     pack_optional,
     pitch_of,
-    representative_weights_sources,
     strides_of,
 )
 from kernels.problem import Axis, Problem
@@ -149,13 +148,14 @@ def _part_of(channels: int) -> tuple[int, int]:
     return -(-channels // (parts * 16)) * 16, parts
 
 
-def _blocks_at_once(name: str, dtype: torch.dtype, part: int) -> int:
-    """Blocks that a multiprocessor shall hold, to hide each other's gathers: as many as the registers allow."""
+def _blocks_at_once(name: str, dtype: torch.dtype, rank: int, part: int) -> int:
+    """Blocks that a multiprocessor shall hold, to hide each other's gathers: as many as spill no registers."""
     narrow = dtype.itemsize == 2
     if name == "scores":
-        return 6 if narrow else 3
+        return (4 if rank == 3 else 5) if narrow else 3
     if part <= 64:
-        return 5 if part <= 32 else 4
+        blocks = 5 if part <= 32 else 4
+        return blocks if name == "output" else blocks - 1
     return 3 if narrow and name == "output" else 2
 
 
@@ -166,7 +166,7 @@ def _source(
     camel = f"Gemm{name.capitalize()}"
     leading = () if part is None else (part,)
     config = instantiate(f"{camel}Config", dtype, tf32 and dtype == torch.float32, rank, *leading, *parameters)
-    blocks = _blocks_at_once(name, dtype, part or 0)
+    blocks = _blocks_at_once(name, dtype, rank, part or 0)
     return KernelSource(f"src/gemm_{name}.cuh", f"gemm_{name}", config, f"{camel}Arguments", THREADS, blocks)
 
 
@@ -305,7 +305,10 @@ BACKEND = Gemm()
 
 
 def representative_sources() -> Iterable[KernelSource]:
-    """One of each kernel, type and rank, and the widest of those that keep their sum in registers."""
+    """One of each kernel, type and rank, and the widest of those that keep their sum in registers.
+
+    What it shares with `naive` is counted there.
+    """
     kinds = ((torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True))
     for (dtype, tf32), rank in itertools.product(kinds, (1, 2, 3)):
         for mode in ("SCORE", "WEIGHT", "GRADIENT"):
@@ -314,5 +317,3 @@ def representative_sources() -> Iterable[KernelSource]:
             yield _source("output", dtype, tf32, rank, part=part)
             for additional in (False, True):
                 yield _source("inverse", dtype, tf32, rank, additional, part=part)
-        if not tf32:
-            yield from representative_weights_sources(dtype, rank)
