@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
     comparison = compare(first, second, (answers[0], answers[1]), images)
     console.print(show(comparison))
     page = write_comparison(comparison, images, options.output)
-    for label, reason in broken:
-        print(f"unreadable: {label}: {reason}", file=sys.stderr)
+    for image in broken:
+        print(f"unreadable: {image.label}: {image.reason}", file=sys.stderr)
     console.print(f"comparison: {page}", soft_wrap=True, highlight=False)
 
 

@@ -147,7 +147,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_unrun(kind: str, pictures: 
             done = run("eval.py", f"ckpt={path}", check=False)
         case "resume":
             done = run("train.py", "experiment=digits", f"resume={path}", f"output_root={tmp_path}/o", check=False)
-    assert "model" in done.error
+    assert str(tmp_path) in done.error
     assert not proof.exists()
     torch.load(path, weights_only=False)
     assert proof.exists(), "the file is harmless, so that nothing was tested"

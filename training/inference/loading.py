@@ -142,13 +142,14 @@ def _from_timm(source: str, model: nn.Module, name: str, arguments: dict[str, An
     if not classes:
         synsets = imagenet_classes()
         classes = synsets if model.num_classes == len(synsets) else [str(i) for i in range(model.num_classes)]
-    return Loaded(source, model, name, arguments, classes, preprocessing_of(model))
+    return Loaded(source, model, name, arguments, classes, preprocessing_of(model, arguments.get("in_chans")))
 
 
-def preprocessing_of(model: nn.Module) -> DataConfig:
+def preprocessing_of(model: nn.Module, in_chans: int | None) -> DataConfig:
     """timm's data configuration of a model, in this project's words; a mean over RGB serves a grey model."""
     data = resolve_model_data_config(model)
     channels, _, width = data["input_size"]
+    channels = channels if in_chans is None else in_chans
     mean, std = (
         list(values) if len(values) == channels else [sum(values) / len(values)] * channels
         for values in (data["mean"], data["std"])
