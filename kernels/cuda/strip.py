@@ -117,13 +117,26 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def why_not_operands(problem: Problem, operands: Operands) -> str | None:
+def why_misaligned(problem: Problem, operands: Operands) -> str | None:
     """Why the tensors' addresses do not suit 16-byte copies, in one sentence; None if they do."""
     for name in ("query", "key", "value"):
         tensor = getattr(operands, name)
         if not _is_aligned(tensor):
             return f"{name} at address {tensor.data_ptr():#x} with strides {tensor.stride()} is not aligned to 16 bytes"
     return None
+
+
+def why_not_operands(problem: Problem, operands: Operands) -> str | None:
+    """Why the tensors' addresses do not suit 16-byte copies and 32-bit offsets, in one sentence; None if they do."""
+    for name in ("query", "key", "value"):
+        strides = getattr(operands, name).stride()
+        span = sum(
+            (axis.length + 32 * axis.dilation) * stride  # copies work out addresses a little outside the map
+            for axis, stride in zip(problem.axes, strides[1:-2], strict=True)
+        )
+        if span > INT_MAX:
+            return f"one batch entry of {name}, with strides {strides}, spans more than 2^31 elements"
+    return why_misaligned(problem, operands)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -157,7 +170,7 @@ def _prepared(
 
 
 def choose_tile(problem: Problem, shared_memory: int) -> Tile:
-    """Equal parts of a row, at most 14 columns, such that a warp has one product of each strip and an SM holds two blocks.
+    """Equal parts of a row, at most 14 columns: a warp has one product of each strip, and an SM holds two blocks.
 
     Where even narrow tiles are too large for two, one. `shared_memory` is what a block may have, in bytes; an SM has
     1 KiB more, and takes 1 KiB for each block.

@@ -159,7 +159,7 @@ FASTNA_DEVICE int first_strip_row(int rows) {
 }
 
 // Strips first to last - 1 of those of one head, one dilation group of columns and one tile of columns, over all batch entries and groups of
-// rows. `table` is the tile's bias table, not yet built.
+// rows.
 template <class Config>
 FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int head, int column_group, int tile, int first, int last) {
   using T = typename Config::T;
@@ -184,14 +184,14 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
   u8* const table = shared + Config::BIAS_AT;
 
   const auto query_slot = [&](int step, int i) {
-    return queries_at + (step % Config::QUERY_SLOTS * (WARPS * Config::PRODUCTS) + i) * Config::PRODUCT_BYTES;
+    return queries_at + (static_cast<u32>(step) % Config::QUERY_SLOTS * (WARPS * Config::PRODUCTS) + i) * Config::PRODUCT_BYTES;
   };
   MapOrigin<T>* const maps = reinterpret_cast<MapOrigin<T>*>(shared + Config::MAPS_AT);
   static_assert(sizeof(MapOrigin<T>) == 48, "MAPS_AT has room for 48 bytes each");
   const auto prepare = [&](int map) {
     const int batch = map / row_groups, group = map - batch * row_groups;
     const int token = query_column * column_groups + column_group, key_token = key_column * column_groups + column_group;
-    MapOrigin<T>& origin = maps[map % Config::MAPS];
+    MapOrigin<T>& origin = maps[static_cast<u32>(map) % Config::MAPS];
     origin.key = element<T>(args.key, batch, 0, group, key_token, key_head);
     origin.value = element<T>(args.value, batch, 0, group, key_token, key_head);
     origin.query = element<T>(args.query, batch, 0, group, token, head);
@@ -200,13 +200,13 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
     origin.first_row = first_strip_row<WINDOW_ROWS>(origin.rows);
   };
   const auto stride = [](i64 of_tokens, int groups) { return static_cast<int>(of_tokens) * groups; };
-  const auto slab_address = [&](int step) { return slabs_at + step % Config::SLABS * Config::SLAB_BYTES; };
+  const auto slab_address = [&](int step) { return slabs_at + static_cast<u32>(step) % Config::SLABS * Config::SLAB_BYTES; };
 
   // The threads copy PASS_ROWS rows of keys and values at a time, so that a thread's tokens are below each other, and each warp its queries.
   constexpr int TOKENS = Config::PASS_TOKENS, PASS_ROWS = Config::PASS_ROWS;
   const int thread_token = thread_index() / Layout::CHUNKS, chunk = thread_index() % Layout::CHUNKS;
   const auto load = [&](const SlabCursor& at, int step) {
-    const MapOrigin<T>& map = maps[at.map % Config::MAPS];
+    const MapOrigin<T>& map = maps[static_cast<u32>(at.map) % Config::MAPS];
     const int rows = map.rows, query_row = map.first_row + at.slab * QUERY_ROWS;
     const u32 slab = slab_address(step);
     FASTNA_UNROLL
@@ -222,19 +222,19 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
         const TensorArguments& tensor = k == 0 ? args.key : args.value;
         const int row_stride = stride(tensor.axis[1], row_groups), column_stride = stride(tensor.axis[2], column_groups);
         const T* source =
-            (k == 0 ? map.key : map.value) + (static_cast<i64>(row) * row_stride + static_cast<i64>(column) * column_stride + chunk * 8);
+            (k == 0 ? map.key : map.value) + (row * row_stride + column * column_stride + chunk * 8);
         FASTNA_UNROLL
         for (int r = 0; r < SLAB_ROWS; r += PASS_ROWS) {
           copy_async<16>(target + k * Config::TILE_BYTES + r * Config::ROW_BYTES, source,
                          inside && static_cast<u32>(row + r) < static_cast<u32>(rows));
-          source += static_cast<i64>(row_stride) * PASS_ROWS;
+          source += row_stride * PASS_ROWS;
         }
       }
     }
     // Token t of the 16 is (row t % 8, column t / 8): chunks q + 4 i of tokens g and g + 8 are this lane's.
     const bool inside = static_cast<u32>(query_row + g) < static_cast<u32>(rows);
     const int column_stride = stride(args.query.axis[2], column_groups);
-    const T* source = map.query + (static_cast<i64>(query_row + g) * stride(args.query.axis[1], row_groups) + q * 8);
+    const T* source = map.query + ((query_row + g) * stride(args.query.axis[1], row_groups) + warp * QUERY_COLUMNS * column_stride + q * 8);
     FASTNA_UNROLL
     for (int i = 0; i < Config::PRODUCTS; ++i) {
       const int column = (warp + i * WARPS) * QUERY_COLUMNS;
@@ -243,7 +243,7 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
       for (int k = 0; k < QUERY_COLUMNS; ++k) {
         FASTNA_UNROLL
         for (int c = 0; c < HEAD_DIM / 32; ++c) {
-          copy_async<16>(target + Layout::offset(g + 8 * k, q + 4 * c), source + (static_cast<i64>(column + k) * column_stride + 32 * c),
+          copy_async<16>(target + Layout::offset(g + 8 * k, q + 4 * c), source + ((i * WARPS * QUERY_COLUMNS + k) * column_stride + 32 * c),
                          inside && column + k < tile_columns);
         }
       }
@@ -256,37 +256,34 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
   const int last_map = (last - 1) / args.strips;
   const int steps = last - first + last_map - current.map + 1;
 
-  sync_threads();  // whoever still works on the walk before
-  if (thread_index() < 2) prepare(minimum(current.map + thread_index(), last_map));
-  sync_threads();
-  FASTNA_UNROLL
-  for (int i = 0; i < AHEAD; ++i) {
-    if (i < steps) load(next, i);
-    next.advance(args.strips);
-    commit_copies();
-  }
-  // While the copies are under way.
   const Bias bias(query_column, columns);
-  const Rpb* rpb = static_cast<const Rpb*>(args.rpb) + head * (Bias::LINES * (2 * WINDOW_COLUMNS - 1));
-  bias.template build<Config::THREADS, Config::HAS_RPB>(table, rpb, 1.0f / geometry.scale, Config::TILE_COLUMNS);
   const float scale_log2e = geometry.scale * LOG2_E;
 
-  for (int step = 0; step < steps; ++step, current.advance(args.strips)) {
+  sync_threads();  // whoever still works on the walk before
+  if (thread_index() < 2) prepare(minimum(current.map + thread_index(), last_map));
+  for (int loaded = 0; loaded < steps + AHEAD; ++loaded) {
+    const int step = loaded - AHEAD;
     wait_copies<AHEAD - 1>();
     sync_threads();  // also: the slab before the last is free
-    if (step + AHEAD < steps) {
-      load(next, step + AHEAD);
+    if (loaded < steps) {
+      load(next, loaded);
       if (next.slab == -1 && next.map < last_map && thread_index() == 0) prepare(next.map + 1);
       next.advance(args.strips);
     }
     commit_copies();
-    const MapOrigin<T>& map = maps[current.map % Config::MAPS];
+    if (loaded == 0) {  // while the first copies are under way
+      const Rpb* rpb = static_cast<const Rpb*>(args.rpb) + head * (Bias::LINES * (2 * WINDOW_COLUMNS - 1));
+      bias.template build<Config::THREADS, Config::HAS_RPB>(table, rpb, 1.0f / geometry.scale, Config::TILE_COLUMNS);
+    }
+    if (step > 0) current.advance(args.strips);
+    if (step <= 0 || current.slab < 0) continue;  // the first slab of a walk only leads in, as do those before a map
+    const MapOrigin<T>& map = maps[static_cast<u32>(current.map) % Config::MAPS];
     const int rows = map.rows, query_row = map.first_row + current.slab * QUERY_ROWS;
-    if (step == 0 || current.slab < 0 || query_row >= rows) continue;  // the first slab of a walk only leads in
+    if (query_row >= rows) continue;
 
     const int lane_row = query_row + g;
     const u32 visible = Bias::visible(minimum(maximum(lane_row, 0), rows - 1), query_row - ABOVE, rows);
-    const u32 slabs[2] = {slab_address(step + Config::SLABS - 1), slab_address(step)};
+    const u32 slabs[2] = {slab_address(step - 1), slab_address(step)};
     for (int i = 0; i < Config::PRODUCTS; ++i) {
       const int column = (warp + i * WARPS) * QUERY_COLUMNS;  // of the tile
       if (column >= tile_columns) break;
@@ -298,8 +295,8 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
       }
       float output[HEAD_DIM / 8][4], maximum[2], sum[2];
       attend<Config>(query, slabs, first_product_key<WINDOW_COLUMNS>(query_column + column, columns, KEY_COLUMNS) - key_column, visible,
-                     table + bias.slot(query_column + column) * (Bias::LINES * Bias::LINE) + Bias::line(g, q), table + Bias::masked(g, q), scale_log2e, output,
-                     maximum, sum);
+                     table + bias.slot(query_column + column) * (Bias::LINES * Bias::LINE) + Bias::line(g, q), table + Bias::masked(g, q),
+                     scale_log2e, output, maximum, sum);
 
       const float inverse[2] = {reciprocal_approx(sum[0]), reciprocal_approx(sum[1])};
       sync_warp();  // all lanes have their queries
@@ -311,8 +308,7 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
       }
       sync_warp();
       const int column_stride = column_groups * geometry.heads;
-      const i64 at = map.output + static_cast<i64>(lane_row) * (row_groups * geometry.axis[2].length * geometry.heads) +
-                     static_cast<i64>(column) * column_stride;
+      const i64 at = map.output + (lane_row * (row_groups * geometry.axis[2].length * geometry.heads) + column * column_stride);
       FASTNA_UNROLL
       for (int k = 0; k < QUERY_COLUMNS; ++k) {
         if (static_cast<u32>(lane_row) < static_cast<u32>(rows) && column + k < tile_columns) {

@@ -70,7 +70,7 @@ struct StripBias {
     return ((1u << WINDOW_ROWS) - 1) << (first_key<WINDOW_ROWS>(query, rows) - first_key_row);
   }
   // Byte offsets, for query row g of the strip and quad q, of the first key row in slot 0 and among the masked lines: the latter in the
-  // same half of the 128 bytes of banks, so that neighbouring query rows never collide. The former is meant where a row is visible.
+  // same half of the 128 bytes of banks, so that neighbouring query rows never collide. `line` may be negative: rows that are not visible are never read there.
   FASTNA_DEVICE static int line(int g, int q) { return (WINDOW_ROWS - 1 - WINDOW_ROWS / 2 - g) * LINE + q * 16; }
   FASTNA_DEVICE static int masked(int g, int q) {
     return (MASKED_LINES + ((WINDOW_ROWS - 1 - WINDOW_ROWS / 2 - g) & 1)) * LINE + q * 16;
