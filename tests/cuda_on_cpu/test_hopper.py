@@ -190,16 +190,52 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("mistake", MUTATIONS)
-def test_a_broken_kernel_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = "src/hopper_forward.cuh"
+GRADIENT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    "boxes released before their gradients are summed up": [
+        ("        wgmma_wait<QUEUED>();\n        release_added(last);", "        release_added(last);")
+    ],
+    "slopes read while they are computed": [
+        ("        wgmma_wait<0>();\n        differentiate();\n        last", "        differentiate();\n        last")
+    ],
+    "scores of the box before": [("wgmma_wait<FIRST + SECOND + QUEUED>();", "")],
+    "statistics not waited for": [("if constexpr (KEYS && !QUEUED) barrier_wait", "if constexpr (false) barrier_wait")],
+    "bytes of the statistics forgotten": [("Tiles::BOX_BYTES + (KEYS ? N * sizeof(float4) : 0)", "Tiles::BOX_BYTES")],
+    "keys gathered from the first head only": [
+        ("const int shared_heads;", "static constexpr int shared_heads = 1;"),
+        (", shared_heads(KEYS ? args_.geometry.heads / args_.geometry.key_heads : 1)", ""),
+    ],
+    "gradients stored before all warps are done": [
+        ("    named_barrier(1 + w, 128);\n    constexpr int CHUNKS", "    constexpr int CHUNKS")
+    ],
+}
+
+
+def break_kernel(header: str, edits: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = source_of(header)
-    for old, new in MUTATIONS[mistake]:
+    for old, new in edits:
         assert text.count(old) == 1, f"{header} changed: say anew how to break it"
         text = text.replace(old, new)
-    (tmp_path / "src").mkdir()
-    (tmp_path / header).write_text(text)
-    monkeypatch.setattr(emulation, "ROOTS", (tmp_path, *emulation.ROOTS))
+    (folder / "src").mkdir()
+    (folder / header).write_text(text)
+    monkeypatch.setattr(emulation, "ROOTS", (folder, *emulation.ROOTS))
+
+
+@pytest.mark.parametrize("mistake", GRADIENT_MUTATIONS)
+def test_a_broken_gradient_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernel("src/hopper_gradient.cuh", GRADIENT_MUTATIONS[mistake], tmp_path, monkeypatch)
+    use_tiles(monkeypatch, Tiles((1, 1, 64), (1, 1, 2), (1, 1, 16), 2))
+    for seed in range(8):
+        with use_runtime("cpu", EmulatorRuntime(seed)):
+            try:
+                check_backward(make_problem(Axis(300, 70), heads=2, key_heads=1, head_dim=64))
+            except (EmulationError, AssertionError):
+                return
+    pytest.fail(f"nobody noticed: {mistake}")
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_a_broken_kernel_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernel("src/hopper_forward.cuh", MUTATIONS[mistake], tmp_path, monkeypatch)
     noticed = 0
     for warpgroups in (2, 3):
         use_tiles(monkeypatch, Tiles((1, 1, 64), (1, 1, warpgroups), (1, 1, 16), 2))
