@@ -1,4 +1,4 @@
-"""examples/segmentation.py: a backbone learns a dense task at sizes that are neither square nor multiples of anything."""
+"""examples/segmentation.py: a backbone learns a dense task, at sizes neither square nor multiples of anything."""
 
 import re
 import subprocess
