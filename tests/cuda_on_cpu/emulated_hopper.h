@@ -22,7 +22,6 @@ inline void copy_box(void* shared, const TensorMap& map, MemoryBarrier& barrier,
   emulator::emulator_copy_box(shared_address(shared), &map, shared_address(&barrier), at);
 }
 inline void prefetch_map(const TensorMap&) {}
-inline void fence_async_proxy() { emulator::emulator_fence_async_proxy(); }
 
 template <int REGISTERS>
 inline void emulated_register_count() {

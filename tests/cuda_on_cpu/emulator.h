@@ -78,7 +78,6 @@ void emulator_memory_barrier_init(unsigned shared, int arrivals);
 void emulator_memory_barrier_arrive(unsigned shared, int expected_bytes);
 void emulator_memory_barrier_wait(unsigned shared, unsigned parity);
 void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const int (&at)[5]);
-void emulator_fence_async_proxy();
 // d: of this thread, n / 2 numbers. a: a descriptor, or four registers where given; b: a descriptor.
 void emulator_wgmma(int n, unsigned flags, float* d, const unsigned* a_registers, unsigned long long a, unsigned long long b);
 void emulator_wgmma_wait(int pending);

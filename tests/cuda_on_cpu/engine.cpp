@@ -576,8 +576,6 @@ void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const
   land_sometimes();
 }
 
-void emulator_fence_async_proxy() { memcpy(async_shared.data(), emulator_current.shared, shared_bytes); }
-
 void emulator_wgmma(int n, unsigned flags, float* d, const unsigned* a_registers, unsigned long long a, unsigned long long b) {
   Thread& thread = threads[emulator_current.thread];
   thread.accumulators = d;

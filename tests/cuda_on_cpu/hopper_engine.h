@@ -4,7 +4,7 @@
 // after all four warps of the warpgroup have asked for them, in some blocks only at the wait for them; until then their accumulators hold
 // NaN, and operands are read when they run, by all four at once: a warp that has waited may give away shared memory for all of them.
 //
-// The asynchronous units see shared memory through a copy of it that ordinary stores reach only by a fence.
+// The matrix units see what tensor copies brought, and no ordinary store: those would need a fence, and no kernel has operands of that kind.
 
 bool eager;  // whether asynchronous work of this block may be done before somebody waits for it
 std::vector<unsigned char> async_shared;
