@@ -2,9 +2,9 @@
 
 python examples/segmentation.py [--steps 60] [--picture outputs/segmentation.png]
 
-The picture comes with scikit-image; its mask is made here (Sobel edges, watershed), so nothing is downloaded. The
-backbone is `features_only=True`: four maps at strides 4 to 32 of an image of any size. Its dilations are chosen as those
-published for dense tasks: every other block spreads its window over the map (DiNAT, arXiv 2209.15001).
+The picture comes with scikit-image; its mask is made here (Sobel edges, watershed): nothing is downloaded. The
+backbone is `features_only=True`: four maps at strides 4 to 32 of an image of any size. Its dilations are chosen as are
+those for dense tasks: every other block spreads its window over the map (DiNAT, arXiv 2209.15001).
 """
 
 import argparse

@@ -120,6 +120,6 @@ def test_a_requeued_job_finds_its_own_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_slurm_launcher_is_configured() -> None:
-    shown = run("train.py", "hydra/launcher=slurm", "--cfg", "hydra", "-m").stdout
+    shown = run("train.py", "hydra/launcher=slurm", "--cfg", "hydra").stdout
     assert "submitit" in shown
     assert "signal_delay_s" in shown
