@@ -92,8 +92,11 @@ def why_not(problem: Problem) -> str | None:
     for length in {shortest, rows.group_length(0)}:
         if length > QUERY_ROWS and rows.window == MAX_WINDOW[0] and length % QUERY_ROWS == 1:
             return f"strip cannot cut {length} rows so that windows of {rows.window} rows stay near their strip"
-    if _longest_map(problem)[0] * problem.batch * rows.dilation > INT_MAX:
+    longest_rows, longest_columns = _longest_map(problem)
+    if longest_rows * problem.batch * rows.dilation > INT_MAX:
         return "strip would need longer walks than it can count"
+    if longest_columns * problem.heads * problem.axes[1].dilation > runtime.MAX_GRID:
+        return "strip would need more blocks than a grid has"
     return None
 
 
@@ -215,8 +218,18 @@ def plan(problem: Problem, tile: Tile, multiprocessors: int = 1) -> Plan:
         min_blocks=tile.resident,
         shared_bytes=shared_bytes,
     )
-    total = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation
-    return Plan(source, min(total, tile.resident * multiprocessors), shared_bytes, tiles, strips)
+    walks = problem.heads * tiles * column_axis.dilation
+    blocks = _blocks_of_walk(strips * row_axis.dilation * problem.batch, walks, tile.resident * multiprocessors)
+    return Plan(source, walks * blocks, shared_bytes, tiles, strips)
+
+
+def _blocks_of_walk(strips: int, walks: int, resident: int) -> int:
+    """Blocks that share each of `walks` sequences of `strips` strips, to end earliest where `resident` run at once.
+
+    A block's start costs about as much as two strips.
+    """
+    most = min(strips, max(1, 4 * resident // walks))
+    return min(range(1, most + 1), key=lambda blocks: -(-walks * blocks // resident) * (-(-strips // blocks) + 2))
 
 
 def _round_up(value: int, multiple: int) -> int:

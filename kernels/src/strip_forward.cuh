@@ -259,7 +259,6 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
   const Bias bias(query_column, columns);
   const float scale_log2e = geometry.scale * LOG2_E;
 
-  sync_threads();  // whoever still works on the walk before
   if (thread_index() < 2) prepare(minimum(current.map + thread_index(), last_map));
   for (int loaded = 0; loaded < steps + AHEAD; ++loaded) {
     const int step = loaded - AHEAD;
@@ -322,27 +321,20 @@ FASTNA_DEVICE void strip_walk(const StripForwardArguments& args, u8* shared, int
       }
     }
   }
-  wait_copies<0>();
 }
 
 template <class Config>
 FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
   const Geometry& geometry = args.geometry;
-  // Strips of one head, tile and group of columns follow each other: the bias table stays. Blocks of other heads run along with them,
-  // so that sectors which hold several heads are read from DRAM once.
-  const int walk = args.strips * geometry.axis[1].dilation * geometry.batch;
-  const i64 strips = static_cast<i64>(walk) * geometry.heads * args.tiles * geometry.axis[2].dilation;
-  i64 at = strips * block_index() / block_count();
-  const i64 end = strips * (block_index() + 1) / block_count();
-  while (at < end) {
-    int place = static_cast<int>(at / walk);
-    const int first = static_cast<int>(at - static_cast<i64>(place) * walk);
-    const int last = static_cast<int>(minimum<i64>(walk, first + (end - at)));
-    const int head = place % geometry.heads;
-    place /= geometry.heads;
-    strip_walk<Config>(args, dynamic_shared<u8>(), head, place / args.tiles, place % args.tiles, first, last);
-    at += last - first;
-  }
+  // Strips of one head, tile and group of columns follow each other, so that a block has one bias table. Blocks of other heads run along
+  // with them: sectors which hold several heads are read from DRAM once.
+  const u32 blocks = block_count() / static_cast<u32>(geometry.heads * args.tiles * geometry.axis[2].dilation);  // of each walk
+  const u64 strips = static_cast<u64>(args.strips) * geometry.axis[1].dilation * geometry.batch;
+  const int walk = static_cast<int>(block_index() / blocks);
+  const u32 part = block_index() - walk * blocks;
+  const int first = static_cast<int>(strips * part / blocks), last = static_cast<int>(strips * (part + 1) / blocks);
+  const int place = walk / geometry.heads;
+  if (first < last) strip_walk<Config>(args, dynamic_shared<u8>(), walk % geometry.heads, place / args.tiles, place % args.tiles, first, last);
 }
 
 }  // namespace fastna
