@@ -62,7 +62,7 @@ def test_sharded_training_checkpoints_and_resumes(tmp_path: Path) -> None:
     options = [*CURVE, "callbacks=default", "trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"]
     options += ["data.batch_size=8", "callbacks.checkpoint.every_n_steps=1", "evaluate=false"]
     run("train.py", *options, f"output_dir={tmp_path}/whole")
-    run("train.py", *options, f"output_dir={tmp_path}/cut", "trainer.max_steps=3")
+    run("train.py", *options, f"output_dir={tmp_path}/cut", "trainer.max_steps=5")
     run("train.py", *options, f"output_dir={tmp_path}/cut", "resume=last")
     whole, resumed = read(tmp_path / "whole"), read(tmp_path / "cut")
     assert whole["global_step"] == resumed["global_step"] == 10
@@ -110,7 +110,7 @@ def test_a_lost_process_ends_the_run_and_it_resumes_exactly(tmp_path: Path) -> N
 def test_a_requeued_job_finds_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [*CURVE, "data.batch_size=16", f"output_root={tmp_path}", "evaluate=false", "trainer=cpu"]
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    run("train.py", *options, "trainer.max_steps=3")
+    run("train.py", *options, "trainer.max_steps=5")
     folder = tmp_path / "digits" / "slurm-4711"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = run("train.py", *options)
