@@ -26,8 +26,7 @@ from kernels.cuda.arguments import (
     padded_axes,
 )
 from kernels.cuda.jit import KernelSource, instantiate
-from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
-from kernels.cuda.strip import why_misaligned as why_not_operands
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned, why_not_operands
 from kernels.problem import Problem
 
 __all__ = ["backward", "forward", "representative_sources", "why_not", "why_not_operands"]

@@ -22,7 +22,6 @@ from kernels.problem import Problem
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)
 MAX_WINDOW = (9, 7)
-INT_MAX = 2**31 - 1
 SMALLEST_SCALE = 1e-6
 """Scores start from bias / scale, and from -1e30 where masked."""
 
@@ -47,16 +46,16 @@ _set_pointers = STRIP_FORWARD.pointers("query.data", "key.data", "value.data", "
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How blocks share a call: strips of 8 query rows by `columns` (even) query columns, worked on by `warps` warps.
+    """What one block computes: `8 * row_blocks` query rows by `columns` (even) query columns, by `warps` warps.
 
-    `ahead` slabs of keys and values are on their way while one is worked on. An SM is to hold `resident` blocks: their
-    shared memory must let it, and the compiler is held to registers that do.
+    The compiler is held to registers that let `resident_warps` run on an SM, if their shared memory does: 12 leave a
+    thread 168 registers, 8 leave 255. Head dim 32 spills a few with 16, head dim 64 with 12 on some architectures.
     """
 
     columns: int
-    warps: int
-    ahead: int = 1
-    resident: int = 2
+    row_blocks: int = 1
+    warps: int = 4
+    resident_warps: int = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +86,7 @@ def why_not(problem: Problem) -> str | None:
         return "strip knows no additional keys"
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"strip needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
-    rows = problem.axes[0]
-    shortest = rows.group_length(rows.dilation - 1)
-    for length in {shortest, rows.group_length(0)}:
-        if length > QUERY_ROWS and rows.window == MAX_WINDOW[0] and length % QUERY_ROWS == 1:
-            return f"strip cannot cut {length} rows so that windows of {rows.window} rows stay near their strip"
-    longest_rows, longest_columns = _longest_map(problem)
-    if longest_rows * problem.batch * rows.dilation > INT_MAX:
-        return "strip would need longer walks than it can count"
-    if longest_columns * problem.heads * problem.axes[1].dilation > runtime.MAX_GRID:
+    if _longest_map(problem)[0] * problem.batch * problem.heads * problem.axes[0].dilation > runtime.MAX_GRID:
         return "strip would need more blocks than a grid has"
     return None
 
@@ -120,26 +111,13 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     return output, lse
 
 
-def why_misaligned(problem: Problem, operands: Operands) -> str | None:
+def why_not_operands(problem: Problem, operands: Operands) -> str | None:
     """Why the tensors' addresses do not suit 16-byte copies, in one sentence; None if they do."""
     for name in ("query", "key", "value"):
         tensor = getattr(operands, name)
         if not _is_aligned(tensor):
             return f"{name} at address {tensor.data_ptr():#x} with strides {tensor.stride()} is not aligned to 16 bytes"
     return None
-
-
-def why_not_operands(problem: Problem, operands: Operands) -> str | None:
-    """Why the tensors' addresses do not suit 16-byte copies and 32-bit offsets, in one sentence; None if they do."""
-    for name in ("query", "key", "value"):
-        strides = getattr(operands, name).stride()
-        span = sum(
-            (axis.length + 32 * axis.dilation) * stride  # copies work out addresses a little outside the map
-            for axis, stride in zip(problem.axes, strides[1:-2], strict=True)
-        )
-        if span > INT_MAX:
-            return f"one batch entry of {name}, with strides {strides}, spans more than 2^31 elements"
-    return why_misaligned(problem, operands)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -156,8 +134,7 @@ def aligned(tensor: Tensor) -> Tensor:
 def _prepared(
     problem: Problem, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[Plan, bytes]:
-    device = runtime.properties(problem.device)
-    chosen = plan(problem, choose_tile(problem, device.shared_memory), device.multiprocessors)
+    chosen = plan(problem, choose_tile(problem, runtime.properties(problem.device).shared_memory))
     height, width = problem.space
     token = problem.heads * problem.head_dim
     packed = STRIP_FORWARD.pack(
@@ -173,27 +150,26 @@ def _prepared(
 
 
 def choose_tile(problem: Problem, shared_memory: int) -> Tile:
-    """Equal parts of a row, at most 14 columns: a warp has one product of each strip, and an SM holds two blocks.
+    """The widest tile, of equal parts of a row, of which an SM holds three: some copy while others multiply.
 
-    Where even narrow tiles are too large for two, one. `shared_memory` is what a block may have, in bytes; an SM has
-    1 KiB more, and takes 1 KiB for each block.
+    Where even narrow tiles are too large for three, two or one. `shared_memory` is what a block may have, in bytes; an
+    SM has 1 KiB more, and takes 1 KiB for each block.
     """
     _, columns = _longest_map(problem)
-    tile = None
-    for resident in (2, 1):
-        for parts in range(-(-columns // 14), -(-columns // KEY_COLUMNS) + 1):
-            width = _round_up(-(-columns // parts), 2)
-            tile = Tile(columns=width, warps=width // 2, resident=resident)
+    resident_warps = 12 if problem.head_dim == 32 else 8
+    tile = Tile(columns=_round_up(columns, 2), resident_warps=resident_warps)
+    for resident in (3, 2, 1):
+        for parts in range(1, -(-columns // KEY_COLUMNS) + 1):
+            tile = Tile(columns=_round_up(-(-columns // parts), 2), resident_warps=resident_warps)
             if resident * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
                 return tile
-    assert tile is not None
     return tile
 
 
-def plan(problem: Problem, tile: Tile, multiprocessors: int = 1) -> Plan:
+def plan(problem: Problem, tile: Tile) -> Plan:
     rows, columns = _longest_map(problem)
     row_axis, column_axis = problem.axes
-    strips = -(-rows // QUERY_ROWS)
+    strips = -(-rows // (QUERY_ROWS * tile.row_blocks))
     tiles = -(-columns // tile.columns)
     shared_bytes = _shared_bytes(problem, tile)
     config = instantiate(
@@ -202,10 +178,10 @@ def plan(problem: Problem, tile: Tile, multiprocessors: int = 1) -> Plan:
         problem.rpb_dtype or torch.float32,
         problem.head_dim,
         *problem.window,
+        tile.row_blocks,
         tile.columns,
-        _stored_columns(problem, tile),
+        *_stored(problem, tile),
         _slots(problem, tile),
-        tile.ahead,
         tile.warps,
         problem.has_rpb,
     )
@@ -215,21 +191,11 @@ def plan(problem: Problem, tile: Tile, multiprocessors: int = 1) -> Plan:
         config=config,
         arguments="StripForwardArguments",
         threads=32 * tile.warps,
-        min_blocks=tile.resident,
+        min_blocks=max(1, min(tile.resident_warps // tile.warps, (228 << 10) // (shared_bytes + 1024))),
         shared_bytes=shared_bytes,
     )
-    walks = problem.heads * tiles * column_axis.dilation
-    blocks = _blocks_of_walk(strips * row_axis.dilation * problem.batch, walks, tile.resident * multiprocessors)
-    return Plan(source, walks * blocks, shared_bytes, tiles, strips)
-
-
-def _blocks_of_walk(strips: int, walks: int, resident: int) -> int:
-    """Blocks that share each of `walks` sequences of `strips` strips, to end earliest where `resident` run at once.
-
-    A block's start costs about as much as two strips.
-    """
-    most = min(strips, max(1, 4 * resident // walks))
-    return min(range(1, most + 1), key=lambda blocks: -(-walks * blocks // resident) * (-(-strips // blocks) + 2))
+    grid = problem.batch * problem.heads * tiles * strips * row_axis.dilation * column_axis.dilation
+    return Plan(source, grid, shared_bytes, tiles, strips)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -246,10 +212,13 @@ def _key_rows(problem: Problem) -> int:
     return (problem.window[0] + QUERY_ROWS) // 2 * 2
 
 
-def _stored_columns(problem: Problem, tile: Tile) -> int:
-    """Columns of keys in shared memory: all windows of the tile, at most the map, at least one product."""
-    _, columns = _longest_map(problem)
-    return _round_up(max(KEY_COLUMNS, min(tile.columns + KEY_COLUMNS - 2, columns)), 2)
+def _stored(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """Rows and columns of keys in shared memory: all windows of the tile, at most the map, at least one product."""
+    rows, columns = _longest_map(problem)
+    key_rows = _key_rows(problem)
+    stored_rows = max(key_rows, min(key_rows + QUERY_ROWS * (tile.row_blocks - 1), rows))
+    stored_columns = max(KEY_COLUMNS, min(tile.columns + KEY_COLUMNS - 2, columns))
+    return stored_rows, _round_up(stored_columns, 2)
 
 
 def _slots(problem: Problem, tile: Tile) -> int:
@@ -268,12 +237,11 @@ def _slots(problem: Problem, tile: Tile) -> int:
 
 def _shared_bytes(problem: Problem, tile: Tile) -> int:
     """StripForwardConfig::SHARED_BYTES."""
+    rows, columns = _stored(problem, tile)
     token = problem.head_dim * 2
-    slabs = (tile.ahead + 2) * 2 * QUERY_ROWS * _stored_columns(problem, tile) * token
-    products = -(-tile.columns // (2 * tile.warps))
-    queries = (tile.ahead + 1) * tile.warps * products * 16 * token
+    staging = tile.warps * 2 * 16 * token
     lines = _slots(problem, tile) * (2 * problem.window[0] - 1) + _key_rows(problem) + 1
-    return slabs + queries + lines * 64 + 4 * 48
+    return 2 * rows * columns * token + staging + lines * 64
 
 
 def representative_sources() -> Iterable[KernelSource]:

@@ -75,7 +75,7 @@ def assert_forward(problem: Problem, operands: Operands) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles along a row of a small map."""
-    monkeypatch.setattr(strip, "choose_tile", lambda problem, shared_memory: strip.Tile(columns=6, warps=2, ahead=2))
+    monkeypatch.setattr(strip, "choose_tile", lambda problem, shared_memory: strip.Tile(columns=6, warps=2))
     strip._prepared.cache_clear()
     yield
     strip._prepared.cache_clear()
@@ -112,12 +112,12 @@ def test_windows_smaller_than_a_product(emulator: EmulatorRuntime, small_tiles: 
     assert_forward(problem, make_operands(problem))
 
 
-def test_ragged_rows(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = strip.Tile(columns=8, warps=3)
+def test_two_blocks_of_rows(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = strip.Tile(columns=8, row_blocks=2, warps=3)
     monkeypatch.setattr(strip, "choose_tile", lambda problem, shared_memory: tile)
     strip._prepared.cache_clear()
     try:
-        for rows in (7, 8, 9, 10, 11, 14, 24):
+        for rows in (14, 21, 24):
             problem = make_problem((rows, 9), (7, 7), heads=1)
             assert_forward(problem, make_operands(problem))
     finally:

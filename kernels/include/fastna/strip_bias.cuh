@@ -65,15 +65,19 @@ struct StripBias {
     }
   }
 
-  // A strip's first key row lies WINDOW_ROWS / 2 above its first query row. Bit j: key row first_key_row + j is in the window of `query`.
-  FASTNA_DEVICE static u32 visible(int query, int first_key_row, int rows) {
-    return ((1u << WINDOW_ROWS) - 1) << (first_key<WINDOW_ROWS>(query, rows) - first_key_row);
-  }
-  // Byte offsets, for query row g of the strip and quad q, of the first key row in slot 0 and among the masked lines: the latter in the
-  // same half of the 128 bytes of banks, so that neighbouring query rows never collide. `line` may be negative: rows that are not visible are never read there.
-  FASTNA_DEVICE static int line(int g, int q) { return (WINDOW_ROWS - 1 - WINDOW_ROWS / 2 - g) * LINE + q * 16; }
-  FASTNA_DEVICE static int masked(int g, int q) {
-    return (MASKED_LINES + ((WINDOW_ROWS - 1 - WINDOW_ROWS / 2 - g) & 1)) * LINE + q * 16;
+  // What a lane keeps for its query row, see `offset`. `query` and `first_row` (of the keys) are rows of the map with `rows` rows.
+  struct Row {
+    u32 visible;      // bit j: key row first_row + j is in the window
+    int line, masked;  // byte offsets of key row first_row in slot 0 and among the masked lines
+  };
+  FASTNA_DEVICE static Row row(int query, int first_row, int rows, int q) {
+    const int line = first_row - query + WINDOW_ROWS - 1;
+    Row result;
+    result.visible = ((1u << WINDOW_ROWS) - 1) << (first_key<WINDOW_ROWS>(query, rows) - first_row);
+    result.line = line * LINE + q * 16;
+    // Same half of the 128 bytes of banks as the line itself: neighbouring query rows never collide.
+    result.masked = (MASKED_LINES + (line & 1)) * LINE + q * 16;
+    return result;
   }
 
  private:

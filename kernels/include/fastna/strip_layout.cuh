@@ -5,7 +5,7 @@
 //
 //   TokenLayout      where a 16-byte chunk of a token lies (swizzle)
 //   StripPlace       which batch entry, head, dilation group and tile a block works on
-//   MapView          one head's map of a tensor
+//   MapView, load_map_tiles    cp.async of a tile with zeros around the map, several tensors at once
 //   first_key        window arithmetic of these kernels: not causal, stride 1
 #pragma once
 
@@ -91,6 +91,39 @@ FASTNA_DEVICE MapView<T> map_view(const TensorArguments& tensor, const Geometry&
   return {element<T>(tensor, batch, 0, place.row_group, place.column_group, head),
           static_cast<int>(tensor.axis[1] * geometry.axis[1].dilation),
           static_cast<int>(tensor.axis[2] * geometry.axis[2].dilation)};
+}
+
+// Issues the copies of ROWS x COLUMNS tokens from (row0, column0) of each view; tile k goes to shared address `shared[k]`. Only tile
+// rows in `rows` and tile columns below `columns` are read, the rest becomes zero: what a mask will suppress must not be NaN, since
+// 0 x NaN is NaN. All THREADS threads of the block call; the caller commits and waits.
+template <int THREADS, int HEAD_DIM, int ROWS, int COLUMNS, int COUNT, class T>
+FASTNA_DEVICE void load_map_tiles(const MapView<T> (&views)[COUNT], const u32 (&shared)[COUNT], int row0, int column0,
+                                  Interval rows, int columns) {
+  using Layout = TokenLayout<HEAD_DIM>;
+  static_assert(COLUMNS % 2 == 0, "see TokenLayout");
+  static_assert(THREADS % Layout::CHUNKS == 0, "a pass copies whole tokens");
+  constexpr int STEP = THREADS / Layout::CHUNKS;
+  constexpr int PASSES = (ROWS * COLUMNS + STEP - 1) / STEP;
+  const int chunk = thread_index() % Layout::CHUNKS;
+  int row = thread_index() / Layout::CHUNKS / COLUMNS;
+  int column = thread_index() / Layout::CHUNKS % COLUMNS;
+  FASTNA_UNROLL
+  for (int pass = 0; pass < PASSES; ++pass) {
+    if ((pass + 1) * STEP <= ROWS * COLUMNS || row < ROWS) {
+      const bool valid = rows.contains(row) && column < columns;
+      const u32 offset = static_cast<u32>(row * COLUMNS * Layout::BYTES) + Layout::offset(column, chunk);
+      FASTNA_UNROLL
+      for (int k = 0; k < COUNT; ++k) {
+        copy_async<16>(shared[k] + offset, views[k].at(row0 + row, column0 + column) + chunk * 8, valid);
+      }
+    }
+    row += STEP / COLUMNS;
+    column += STEP % COLUMNS;
+    if (column >= COLUMNS) {
+      column -= COLUMNS;
+      ++row;
+    }
+  }
 }
 
 }  // namespace fastna
