@@ -129,9 +129,7 @@ class ShardsConfig(DataConfig):
 class ParquetConfig(DataConfig):
     """Hugging Face image data sets as Parquet files on this machine."""
 
-    root: str | None = (
-        None  # holds train-*.parquet, {validation,valid,val}-*.parquet, test-*.parquet
-    )
+    root: str | None = None  # holds train-*.parquet, {validation,valid,val}-*.parquet, test-*.parquet
     train: str | None = None  # without root: path or glob
     val: str | None = None  # null: validation_fraction of the training images
     test: str | None = None  # null: val
