@@ -8,6 +8,7 @@ those for dense tasks: every other block spreads its window over the map (DiNAT,
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from scipy import ndimage
 from skimage import filters, segmentation
 from torch import Tensor, nn
 from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models
 

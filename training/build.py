@@ -66,7 +66,7 @@ def dilations_for(name: str, arguments: dict[str, Any], image_size: int) -> tupl
         model = create_model(name, arguments)
     layers = models.attention_layers(model)
     strides = [level["reduction"] for level in getattr(model, "feature_info", [])]
-    if not layers or len(strides) < 2:
+    if not layers or len(set(strides)) < 2:
         raise ConfigError(f"model.widest_dilations=true: {name} has no levels of neighborhood attention")
     return models.widest_dilations(image_size, model.get_submodule(layers[0]).kernel_size, strides)
 

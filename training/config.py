@@ -31,7 +31,7 @@ from training.config_data import (  # noqa: F401  (every schema of configs/ can 
     data_from_plain,
 )
 from training.errors import ConfigError, one_line
-from training.rules import require, require_choice
+from training.rules import require, require_choice, require_plain_names
 
 CONFIG_DIRECTORY = str(Path(__file__).resolve().parent.parent / "configs")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true")
@@ -347,6 +347,7 @@ def to_object(config: DictConfig, schema: type[Config]) -> Config:
     Raises:
         ConfigError: a mandatory key has no value, an interpolation fails, or a value is impossible.
     """
+    require_plain_names(OmegaConf.to_container(config, resolve=False))
     missing = sorted(str(key) for key in OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give it on the command line, as {missing[0]}=...")

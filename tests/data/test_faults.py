@@ -18,7 +18,7 @@ from training.data.folder import ImageFiles
 from training.data.images import Broken, ImageReader, PixelReader
 from training.data.sampling import Draw
 
-pytestmark = pytest.mark.xdist_group("training_run")
+pytestmark = pytest.mark.xdist_group("data_runs")
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "gif", "tif", "webp", "bmp"])

@@ -13,7 +13,7 @@ import models
 from training.build import dilations_for
 from training.errors import ConfigError
 
-pytestmark = pytest.mark.xdist_group("training_run")
+pytestmark = pytest.mark.xdist_group("training_recipes")
 
 SMALL = {"embed_dim": 32, "depths": [1, 2, 1, 1]}
 ARGUMENTS = [

@@ -9,7 +9,7 @@ import timm
 import torch
 from training_runs import start
 
-pytestmark = pytest.mark.xdist_group("training_run")
+pytestmark = pytest.mark.xdist_group("training_recipes")
 
 BRIEF = [
     "experiment=digits",
