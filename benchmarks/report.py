@@ -93,16 +93,16 @@ def compare(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     return joined.reset_index().drop(columns="key").sort_values("speed-up")
 
 
-def _frames(paths: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:
+def _frames(paths: list[Path], needed: bool = True) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:
     """Records of kernels and of models, and the facts of the runs they come from.
 
     Raises:
-        ValueError: none of the files holds a result.
+        ValueError: results are `needed`, and none of the files holds one.
     """
     kernels, facts = summary.load([path for path in paths if path.name.startswith("kernels-")])
     models_paths = [path for path in paths if path.name.startswith("models")]
     models, model_facts = summary.load(models_paths, index=("suite", "key"))
-    if kernels.empty and models.empty:
+    if needed and kernels.empty and models.empty:
         raise ValueError(f"results {[path.name for path in paths]}: hold no timed problem; run scripts/benchmark_*.py")
     distinct: list[dict[str, Any]] = []
     for fact in facts + model_facts:
@@ -113,7 +113,7 @@ def _frames(paths: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[st
 
 def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
     """The tables that results hold, by the names under which the README asks for them, such as `floors, forward`."""
-    kernels, models, _ = _frames(paths)
+    kernels, models, _ = _frames(paths, needed=False)
     found: dict[str, pd.DataFrame] = {}
     for suite, rows in kernels.groupby("suite", sort=False) if len(kernels) else ():
         for direction in rows["direction"].unique():
@@ -123,6 +123,15 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
     for mode in models["mode"].unique() if len(models) else ():
         for precision in models["precision"].unique():
             found[f"models, {mode}, {precision}"] = model_table(models, mode, precision)
+    if cpu := [path for path in paths if path.name == "cpu.jsonl"]:
+        records, _ = summary.load(cpu, index=("model", "mode"))
+        wide = records.pivot_table(
+            index="model", columns="mode", values=["images_per_second", "of_baseline"], sort=False
+        )
+        wide.columns = [
+            f"{mode}, {'images/s' if value == 'images_per_second' else 'of Swin-T'}" for value, mode in wide
+        ]
+        found["cpu"] = wide.reset_index()
     return {name: table for name, table in found.items() if len(table)}
 
 
