@@ -6,17 +6,21 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from data_pictures import SHORT, pack
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from training_runs import ROOT, command, environment, run
 
 from training.data.folder import ImageFiles
 from training.data.images import Broken, ImageReader, PixelReader
 from training.data.sampling import Draw
+from training.data.workers import LazyLoader, dead_workers_named, note_reading
+from training.errors import DataError
 
 pytestmark = pytest.mark.xdist_group("data_runs")
 
@@ -88,7 +92,7 @@ def test_a_shard_lost_while_training_is_named(packed, tmp_path, train_here) -> N
 
 def holder(pid: int, fifo: Path) -> int:
     """The child of `pid` that has `fifo` open, or comes to: its writer can be open a moment earlier."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + 100
     while time.monotonic() < end:
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
@@ -131,6 +135,49 @@ def test_a_killed_worker_is_named_with_the_image_it_read(photos, tmp_path) -> No
         said
     )
     assert "Traceback" not in said
+
+
+class Fatal:
+    """One image, which ends the process that reads it."""
+
+    images = ImageFiles([Path("fatal.jpg")], [0])
+
+    def __init__(self, ending: Callable[[], None]) -> None:
+        self.ending = ending
+
+    def __getitem__(self, index: int) -> None:
+        note_reading(index)
+        self.ending()
+
+
+@pytest.mark.parametrize(
+    ("ending", "named"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by signal SIGKILL"),
+        (lambda: os._exit(3), "ended with exit code 3"),
+    ],
+)
+def test_how_a_worker_ended_is_said_where_torch_does_not_know(monkeypatch, ending, named) -> None:
+    """It does not if the worker dies while it waits for a batch, or is found missing at a timeout, as here."""
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._set_SIGCHLD_handler", lambda: None)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    loader = LazyLoader(Fatal(ending), num_workers=1, batch_sampler=[[0]], persistent_workers=True)
+    try:
+        with pytest.raises(DataError) as error, dead_workers_named([loader]):
+            next(iter(loader))
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert str(error.value.__cause__).endswith("exited unexpectedly")
+    assert re.match(rf"data worker 0 \(process \d+\) {named} while it read fatal.jpg; ", str(error.value))
+
+
+def test_a_worker_that_dies_before_the_loader_knows_it_is_named() -> None:
+    loader = LazyLoader(Fatal(print), num_workers=1, batch_sampler=[[0]])
+    loader.notes.table[0] = torch.tensor([4321, 0])
+    named = r"worker 0 \(process 4321\) is killed by signal SIGKILL while it read fatal.jpg"
+    with pytest.raises(DataError, match=named), dead_workers_named([loader]):
+        raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")
 
 
 def kill_at_step(arguments: list[str], folder: Path, step: int) -> int:

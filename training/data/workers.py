@@ -5,6 +5,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -52,10 +53,22 @@ class LazyLoader(DataLoader):
 
     def __init__(self, dataset: Any, *, num_workers: int, **options: Any) -> None:
         self.notes = WorkerNotes(num_workers)
+        self.processes: list[BaseProcess] = []
         super().__init__(dataset, num_workers=num_workers, worker_init_fn=self.notes, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from super().__iter__()
+        batches = super().__iter__()
+        # Kept here, because Lightning drops the iterator before anyone can ask how its workers ended.
+        self.processes = getattr(batches, "_workers", [])
+        yield from batches
+
+    def ending(self, pid: int) -> str | None:
+        """How the worker with this process id ended, if it is one of this loader's and has."""
+        codes = {process.pid: process.exitcode for process in self.processes}
+        code = codes.get(pid)
+        if code is None:
+            return None
+        return f"ended with exit code {code}" if code >= 0 else f"was killed by signal {signal.Signals(-code).name}"
 
 
 @contextmanager
@@ -78,7 +91,11 @@ def dead_workers_named(loaders: list[LazyLoader]) -> Iterator[None]:
 
 
 def describe_death(loaders: list[LazyLoader], found: re.Match[str]) -> str:
-    """Which worker died, on what, and how."""
+    """Which worker died, on what, and how.
+
+    torch's own words are for one that died while others started, before the loader knew its processes. They name the
+    signal only where SIGCHLD did not find torch waiting for a batch.
+    """
     how = one_line(found["how"].split(". ")[0].split("\n")[0]).rstrip(".")
     how = how.replace("killed by signal: Killed", f"killed by signal {signal.SIGKILL.name}")
     for pid in map(int, found[1].split(",")):
@@ -88,7 +105,7 @@ def describe_death(loaders: list[LazyLoader], found: re.Match[str]) -> str:
                 worker, index = note
                 reading = "" if index == NOTHING else f" while it read {loader.dataset.images.label(index)}"
                 return (
-                    f"data worker {worker} (process {pid}) {how}{reading}; if memory ran out, lower data.workers"
-                    " or data.batch_size, then go on with resume=last"
+                    f"data worker {worker} (process {pid}) {loader.ending(pid) or how}{reading}; if memory ran out,"
+                    " lower data.workers or data.batch_size, then go on with resume=last"
                 )
     return f"a data worker (process {found[1]}) {how}"
