@@ -19,7 +19,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels.cuda import census
-from kernels.cuda.errors import KernelError
+from kernels.errors import KernelError
 
 
 def record(entry: census.Entry) -> str:

@@ -2,27 +2,24 @@
 
 A kernel is a device header `src/NAME.cuh` with a function template; a `KernelSource` says how to instantiate it. The
 cache key is a digest of everything that decides the result: the rendered text, the contents of every own header it
-includes, the architecture, the options and NVRTC's version. Entries are written aside and renamed into place, under a
-lock per key: processes that want the same kernel at once compile it once.
+includes, the architecture, the options and NVRTC's version.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from kernels.cuda.errors import CompilationError, KernelError, MissingComponentError, UnsupportedDeviceError
+from kernels.build_cache import build_once, cache_directory, digest
+from kernels.errors import CompilationError, MissingComponentError, UnsupportedDeviceError
 
 KERNELS = Path(__file__).resolve().parent.parent
 INCLUDE_ROOTS = (KERNELS, KERNELS / "include")
@@ -130,17 +127,6 @@ def _reported(pattern: str, log: str) -> int:
     return max((int(number) for number in re.findall(pattern, log)), default=0)
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: FASTNA_CACHE_DIR, or the user's cache directory."""
-    if chosen := os.environ.get("FASTNA_CACHE_DIR"):
-        return Path(chosen)
-    try:
-        import platformdirs
-    except ImportError as error:
-        raise MissingComponentError("platformdirs is not installed: install it, or set FASTNA_CACHE_DIR") from error
-    return Path(platformdirs.user_cache_dir("fastna"))
-
-
 @functools.cache
 def _nvrtc() -> Any:
     try:
@@ -192,39 +178,8 @@ def compile_kernel(source: KernelSource, architecture: str) -> Compiled:
     line_numbers = os.environ.get("FASTNA_LINEINFO", "0") != "0"  # for profilers and compute-sanitizer
     options = (f"-arch={architecture}", *OPTIONS, *(("-lineinfo",) if line_numbers else ()))
     key = digest(text, *(part for item in sorted(headers.items()) for part in item), *options, str(nvrtc.getVersion()))
-    folder = cache_directory() / "cubin" / key[:2]
-    return build_once(folder / f"{key}.cubin", lambda: _run_nvrtc(source, text, headers, options))
-
-
-def digest(*parts: str) -> str:
-    """A key for the cache. Parts are kept apart: moving text from one to the next changes it."""
-    return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()[:40]
-
-
-def build_once(path: Path, build: Callable[[], tuple[bytes, str]]) -> Compiled:
-    """The file at `path` and the log beside it, built under a lock by whichever process comes first."""
-    log = path.with_suffix(".log")
-    if path.exists():  # the log is written first, so both are there
-        return Compiled(path, log.read_text(), cached=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                return Compiled(path, log.read_text(), cached=True)
-            binary, text = build()
-            _write_atomically(log, text.encode())
-            _write_atomically(path, binary)
-    except OSError as error:
-        raise KernelError(
-            f"cannot write the kernel cache {path.parent}: {error}; set FASTNA_CACHE_DIR to a writable one"
-        ) from error
-    return Compiled(path, text, cached=False)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)
+    path = cache_directory() / "cubin" / key[:2] / f"{key}.cubin"
+    return Compiled(path, *build_once(path, lambda: _run_nvrtc(source, text, headers, options)))
 
 
 def _run_nvrtc(source: KernelSource, text: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:

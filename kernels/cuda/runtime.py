@@ -20,14 +20,14 @@ from typing import Protocol
 import torch
 
 from kernels.cuda import jit, tensor_map
-from kernels.cuda.errors import (
+from kernels.cuda.jit import KernelSource
+from kernels.errors import (
     KernelError,
     LaunchError,
     MissingComponentError,
     SharedMemoryError,
     UnsupportedDeviceError,
 )
-from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
 MAX_GRID = 2**31 - 1

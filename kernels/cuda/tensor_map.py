@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.cuda.errors import KernelError, MissingComponentError
+from kernels.errors import KernelError, MissingComponentError
 
 BYTES = 128
 MAX_BOX = 256  # elements along a dimension, steps included

@@ -10,8 +10,8 @@ from collections.abc import Generator, Iterator
 import pytest
 from emulator import EmulatorRuntime
 
-from kernels.cuda.errors import MissingComponentError
 from kernels.cuda.runtime import use_runtime
+from kernels.errors import MissingComponentError
 
 
 @pytest.fixture

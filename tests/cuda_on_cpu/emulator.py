@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.build_cache import build_once, digest
 from kernels.cuda import jit
-from kernels.cuda.errors import CompilationError, KernelError, LaunchError, MissingComponentError, SharedMemoryError
 from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import Attributes, DeviceProperties
+from kernels.errors import CompilationError, KernelError, LaunchError, MissingComponentError, SharedMemoryError
 
 HERE = Path(__file__).resolve().parent
 ROOTS = (*jit.INCLUDE_ROOTS, HERE)
@@ -65,7 +66,7 @@ def _compiler_version() -> str:
 def _compile(text: str, name: str, flags: Sequence[str]) -> Path:
     """A shared library, compiled once per content over all processes."""
     headers = jit.collect_headers(text, ROOTS)
-    key = jit.digest(text, *(part for item in sorted(headers.items()) for part in item), *flags, _compiler_version())
+    key = digest(text, *(part for item in sorted(headers.items()) for part in item), *flags, _compiler_version())
     path = _cache() / f"{key}.so"
 
     def build() -> tuple[bytes, str]:
@@ -78,7 +79,8 @@ def _compile(text: str, name: str, flags: Sequence[str]) -> Path:
                 raise CompilationError(f"g++ rejects {name}:\n{done.stderr}")
             return (Path(folder) / "kernel.so").read_bytes(), done.stderr
 
-    return jit.build_once(path, build).path
+    build_once(path, build)
+    return path
 
 
 @functools.cache

@@ -8,9 +8,9 @@ from emulator import EmulationError, EmulatorRuntime, guarded, guarded_allocatio
 from probes import PROBE, probe_source, run_probe
 
 from kernels.cuda import runtime
-from kernels.cuda.errors import CompilationError, LaunchError, SharedMemoryError
 from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import use_runtime
+from kernels.errors import CompilationError, LaunchError, SharedMemoryError
 
 pytestmark = pytest.mark.usefixtures("emulator")
 CPU = torch.device("cpu")

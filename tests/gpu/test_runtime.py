@@ -9,8 +9,8 @@ import torch
 from probes import PROBE, include_probes, probe_source, run_probe
 
 from kernels.cuda import runtime
-from kernels.cuda.errors import KernelError, LaunchError, SharedMemoryError
 from kernels.cuda.jit import KernelSource
+from kernels.errors import KernelError, LaunchError, SharedMemoryError
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from kernels.cuda import jit, runtime
-from kernels.cuda.errors import CompilationError, KernelError, MissingComponentError, UnsupportedDeviceError
 from kernels.cuda.jit import KernelSource, instantiate
+from kernels.errors import CompilationError, KernelError, MissingComponentError, UnsupportedDeviceError
 from kernels.problem import Axis, Problem
 
 HEADER = """
