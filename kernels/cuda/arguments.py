@@ -6,8 +6,8 @@ problem and set of strides; a call only writes the pointers over a copy of those
 
     FLASH_FORWARD = Struct("FlashForwardArguments", geometry=GEOMETRY, query=TENSOR, ..., lse=TENSOR, rpb=POINTER)
     packed = FLASH_FORWARD.pack(geometry=pack_geometry(problem), query=pack_tensor(query.stride(), problem.rank), ...)
-    set_pointers = FLASH_FORWARD.pointers("query.data", "key.data", ..., "rpb")
-    kernel.launch(grid, shared_bytes, set_pointers(packed, query.data_ptr(), key.data_ptr(), ..., 0))
+    set_pointers = FLASH_FORWARD.pointers()
+    kernel.launch(grid, shared_bytes, set_pointers(packed, *map(address, (query, key, ..., rpb))))
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import functools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from kernels.problem import MAX_RANK, Axis, Problem
 
@@ -88,7 +91,8 @@ class Struct:
     def pack(self, **values: Any) -> bytes:
         """The struct's bytes. Nested structs are given packed (an array of them: a sequence); pointers default to null.
 
-        Raises KeyError for an unknown field, TypeError for one that is missing or has another size.
+        Raises KeyError for an unknown field, TypeError for one that is missing or has another size, OverflowError for a
+        number that its type does not hold.
         """
         if unknown := values.keys() - self._fields.keys():
             raise KeyError(f"{self.name} has no field {sorted(unknown)}; it has {list(self._fields)}")
@@ -99,7 +103,10 @@ class Struct:
                     raise TypeError(f"{self.name}.{name} needs a value")
                 continue
             if isinstance(kind, Field):
-                packed = kind.pack(values[name])
+                try:
+                    packed = kind.pack(values[name])
+                except struct.error as error:
+                    raise OverflowError(f"{self.name}.{name}: {values[name]} is no {kind.cxx} ({error})") from error
             else:
                 packed = b"".join(values[name]) if count > 1 else values[name]
             if len(packed) != count * kind.size:
@@ -110,9 +117,10 @@ class Struct:
     def pointers(self, *names: str) -> Callable[..., bytes]:
         """A function `(packed, *addresses) -> bytes` that gives a copy with the addresses of the named pointers in it.
 
-        A name may be dotted: `"query.data"`. This is all that a call does to its arguments, so it is one packing of the
-        addresses and the stretches of bytes between them.
+        A name may be dotted: `"query.data"`. Without names it takes all pointers, in order of declaration. This is
+        all that a call does to its arguments, so it is one packing of the addresses and the bytes between them.
         """
+        names = names or self._all_pointers()
         places = sorted((self.offsets[name], index) for index, name in enumerate(names))
         starts = [0, *(offset + POINTER.size for offset, _ in places)]
         ends = [*(offset for offset, _ in places), self.size]
@@ -132,6 +140,15 @@ class Struct:
 
         return set_pointers
 
+    def _all_pointers(self) -> tuple[str, ...]:
+        names: list[str] = []
+        for name, (kind, _, _) in self._fields.items():
+            if isinstance(kind, Struct):
+                names += (f"{name}.{inner}" for inner in kind._all_pointers())
+            elif kind is POINTER:
+                names.append(name)
+        return tuple(names)
+
 
 def _align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
@@ -140,6 +157,11 @@ def _align(offset: int, alignment: int) -> int:
 AXIS = Struct("AxisArguments", length=INT, window=INT, dilation=INT, stride=INT, causal=INT)
 TENSOR = Struct("TensorArguments", data=POINTER, batch=INT64, axis=INT64.array(MAX_RANK), head=INT64)
 GEOMETRY = Struct("Geometry", axis=(AXIS, MAX_RANK), batch=INT, heads=INT, key_heads=INT, additional=INT, scale=FLOAT)
+
+MAP_LIMIT = 2**31
+"""Elements from the first to the last token of a map that kernels may count in an int."""
+TENSOR_LIMIT = 2**34
+"""Elements from the first map of a tensor to the last: some kernels count chunks of 8 elements in 32 bits."""
 
 PADDING_AXIS = Axis(length=1, window=1)
 
@@ -174,3 +196,38 @@ def pack_tensor(strides: Sequence[int], rank: int) -> bytes:
     """
     batch, *space, head = strides[: rank + 2]
     return TENSOR.pack(batch=batch, axis=(0,) * (MAX_RANK - rank) + tuple(space), head=head)
+
+
+def address(tensor: Tensor | None) -> int:
+    """What a kernel gets for a tensor: null for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Bytes, at most 16, that the address of every token and head of every tensor is a multiple of."""
+    bits = 16
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            if size > 1:
+                bits |= stride * tensor.element_size()
+    return bits & -bits
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor itself where 16-byte copies can read it, else a contiguous copy."""
+    return tensor if alignment(tensor) == 16 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def why_not_near(**tensors: Tensor) -> str | None:
+    """Why 16-byte copies and 32-bit offsets within a map do not reach every token, in one sentence; None if they do."""
+    for name, tensor in tensors.items():
+        where = f"{name} at address {tensor.data_ptr():#x} with strides {tensor.stride()}"
+        if alignment(tensor) < 16:
+            return f"{where} is not aligned to 16 bytes"
+        batch, *space, _, channels = [
+            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
+        if sum(space) + channels >= MAP_LIMIT or batch >= TENSOR_LIMIT:
+            return f"{where} has tokens of a map {MAP_LIMIT} elements apart, or maps {TENSOR_LIMIT}"
+    return None

@@ -18,23 +18,23 @@ from kernels.cuda import runtime
 from kernels.cuda.arguments import (
     GEOMETRY,
     INT,
+    MAP_LIMIT,
     POINTER,
     TENSOR,
+    TENSOR_LIMIT,
     Struct,
+    address,
+    aligned,
     pack_geometry,
     pack_tensor,
     padded_axes,
+    why_not_near,
 )
 from kernels.cuda.jit import KernelSource, instantiate
-from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned, why_not_operands
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.problem import Problem
 
-__all__ = ["backward", "forward", "representative_sources", "why_not", "why_not_operands"]
-
 MAX_TOKENS = 64
-MAX_ELEMENTS = 2**33
-"""Of one tensor: the kernels count chunks of 8 elements in 32 bits, and a packed qkv is three or four times as long."""
-
 BLOCK_FORWARD = Struct(
     "BlockForwardArguments",
     "src/block_forward.cuh",
@@ -48,7 +48,7 @@ BLOCK_FORWARD = Struct(
     items=INT,
     slices=INT,
 )
-_set_forward = BLOCK_FORWARD.pointers("query.data", "key.data", "value.data", "output.data", "lse", "rpb")
+_set_forward = BLOCK_FORWARD.pointers()
 
 BLOCK_BACKWARD = Struct(
     "BlockBackwardArguments",
@@ -69,20 +69,7 @@ BLOCK_BACKWARD = Struct(
     items=INT,
     slices=INT,
 )
-_set_backward = BLOCK_BACKWARD.pointers(
-    "query.data",
-    "key.data",
-    "value.data",
-    "output.data",
-    "grad_output.data",
-    "grad_query",
-    "grad_key",
-    "grad_value",
-    "lse",
-    "grad_lse",
-    "rpb",
-    "grad_rpb",
-)
+_set_backward = BLOCK_BACKWARD.pointers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,27 +110,30 @@ def why_not(problem: Problem) -> str | None:
         return "block knows no stride"
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"block needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
-    if problem.batch * problem.tokens * problem.heads * problem.head_dim > MAX_ELEMENTS:
-        return f"block takes tensors of at most {MAX_ELEMENTS} elements"
+    elements = problem.tokens * problem.heads * problem.head_dim
+    if elements >= MAP_LIMIT or problem.batch * elements >= TENSOR_LIMIT:
+        return f"block takes maps of fewer than {MAP_LIMIT} elements, and tensors of fewer than {TENSOR_LIMIT}"
     return None
 
 
+def why_not_operands(problem: Problem, operands: Operands) -> str | None:
+    """Why the addresses and strides of the tensors do not suit the kernels, in one sentence; None if they do."""
+    return why_not_near(query=operands.query, key=operands.key, value=operands.value)
+
+
+def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
+    """The same for the backward pass."""
+    return why_not_near(query=operands.query, key=operands.key, value=operands.value, grad_output=grad_output)
+
+
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem that `why_not` accepts."""
-    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
+    """Output and lse of a problem and tensors that `why_not` and `why_not_operands` accept."""
+    query, key, value = operands.query, operands.key, operands.value
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     plan, packed = _prepared_forward(problem, query.stride(), key.stride(), value.stride())
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    arguments = _set_forward(
-        packed,
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        output.data_ptr(),
-        lse.data_ptr(),
-        0 if rpb is None else rpb.data_ptr(),
-    )
+    arguments = _set_forward(packed, *map(address, (query, key, value, output, lse, rpb)))
     runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
     return output, lse
 
@@ -157,10 +147,9 @@ def backward(
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
 ) -> Gradients:
-    """Gradients of a problem that `why_not` accepts; deterministic. See `kernels.backend.Backend.backward`."""
-    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
+    """Gradients of a problem and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
+    query, key, value = operands.query, operands.key, operands.value
     output, lse = aligned(output.contiguous()), lse.contiguous()
-    grad_output = aligned(grad_output)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_query, grad_key, grad_value = (
         torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
@@ -169,27 +158,14 @@ def backward(
     needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
     plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad)
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    partial_sums = None
+    sums = None
     if needs_rpb_grad:
-        partial_sums = torch.empty((plan.slices, *problem.rpb_shape), dtype=torch.float32, device=query.device)
-    arguments = _set_backward(
-        packed,
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        output.data_ptr(),
-        grad_output.data_ptr(),
-        grad_query.data_ptr(),
-        grad_key.data_ptr(),
-        grad_value.data_ptr(),
-        lse.data_ptr(),
-        0 if grad_lse is None else grad_lse.data_ptr(),
-        0 if rpb is None else rpb.data_ptr(),
-        0 if partial_sums is None else partial_sums.data_ptr(),
-    )
+        sums = torch.empty((plan.slices, *problem.rpb_shape), dtype=torch.float32, device=query.device)
+    gradients = grad_query, grad_key, grad_value
+    tensors = (query, key, value, output, grad_output, *gradients, lse, grad_lse, rpb, sums)
+    arguments = _set_backward(packed, *map(address, tensors))
     runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
-    grad_rpb = None if partial_sums is None else partial_sums.sum(0).to(problem.rpb_dtype)
-    return Gradients(grad_query, grad_key, grad_value, grad_rpb)
+    return Gradients(*gradients, rpb=None if sums is None else sums.sum(0).to(problem.rpb_dtype))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.backend import Gradients, Operands
 from kernels.cuda import flash_launch
+from kernels.cuda.arguments import address, aligned, alignment
 from kernels.cuda.flash_plan import (
     arithmetic_of,
     key_gradient_passes,
@@ -48,7 +49,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     output = query.new_empty((*query.shape[:-1], problem.value_dim))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    launch = flash_launch.forward_launch(problem, tuple(t.stride() for t in inputs), alignment(inputs), tf32_allowed())
+    launch = flash_launch.forward_launch(problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed())
     addresses = _addresses(query, key, value, *additional, output, lse, rpb)
     launch.run(query.device, flash_launch.set_forward(launch.packed, *addresses))
     return output, lse
@@ -66,12 +67,12 @@ def backward(
     """Gradients of the operands of a problem that `why_not` accepts; the same bits every time."""
     query, key, value = operands.query, operands.key, operands.value
     extra_keys, extra_values = operands.additional_keys, operands.additional_values
-    output, lse = output.contiguous(), lse.contiguous()
+    output, lse = aligned(output.contiguous()), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
     device = query.device
     inputs = _present(query, key, value, extra_keys, extra_values, grad_output)
-    layout = problem, tuple(t.stride() for t in inputs), alignment(inputs), tf32_allowed()
+    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed()
 
     delta = torch.empty_like(lse)
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
@@ -136,19 +137,8 @@ def tf32_allowed() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def alignment(tensors: Iterable[Tensor]) -> int:
-    """Bytes, at most 16, that the address of every token of every tensor is a multiple of."""
-    bits = 16
-    for tensor in tensors:
-        bits |= tensor.data_ptr()
-        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
-            if size > 1:
-                bits |= stride * tensor.element_size()
-    return bits & -bits
-
-
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return tuple(map(address, tensors))
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:

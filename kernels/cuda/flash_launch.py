@@ -44,10 +44,7 @@ FLASH_FORWARD = Struct(
     rpb=POINTER,
     tiles=INT.array(MAX_RANK),
 )
-set_forward = FLASH_FORWARD.pointers(
-    *(f"{name}.data" for name in ("query", "key", "value", "additional_keys", "additional_values", "output", "lse")),
-    "rpb",
-)
+set_forward = FLASH_FORWARD.pointers()
 
 FLASH_QUERY_GRADIENT = Struct(
     "FlashQueryGradientArguments",
@@ -69,26 +66,7 @@ FLASH_QUERY_GRADIENT = Struct(
     tiles=INT.array(MAX_RANK),
     all_tiles=INT,
 )
-set_query_gradient = FLASH_QUERY_GRADIENT.pointers(
-    *(
-        f"{name}.data"
-        for name in (
-            "query",
-            "key",
-            "value",
-            "additional_keys",
-            "additional_values",
-            "output",
-            "lse",
-            "grad_output",
-            "grad_lse",
-            "grad_query",
-            "delta",
-        )
-    ),
-    "rpb",
-    "rpb_partials",
-)
+set_query_gradient = FLASH_QUERY_GRADIENT.pointers()
 
 FLASH_KEY_GRADIENT = Struct(
     "FlashKeyGradientArguments",
@@ -108,10 +86,7 @@ FLASH_KEY_GRADIENT = Struct(
     key_partial=INT64,
     value_partial=INT64,
 )
-set_key_gradient = FLASH_KEY_GRADIENT.pointers(
-    *(f"{name}.data" for name in ("query", "key", "value", "lse", "delta", "grad_output", "grad_key", "grad_value")),
-    "rpb",
-)
+set_key_gradient = FLASH_KEY_GRADIENT.pointers()
 
 Strides = tuple[int, ...]
 NO_TENSOR = bytes(TENSOR.size)

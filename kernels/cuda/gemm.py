@@ -25,6 +25,7 @@ from kernels.cuda.arguments import (
     POINTER,
     TENSOR,
     Struct,
+    address,
     pack_tensor,
     padded_axes,
 )
@@ -32,7 +33,6 @@ from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.weights import (
     MaterialisedAttention,
     additional_shares,
-    address,
     geometry_of,
     pack_optional,
     pitch_of,
@@ -93,9 +93,9 @@ INVERSE = Struct(
     factor=FLOAT,
     tokens_per_share=INT,
 )
-_set_scores = SCORES.pointers("query.data", "key.data", "additional.data", "weights", "rpb", "statistic")
-_set_output = OUTPUT.pointers("weights", "value.data", "additional.data", "output")
-_set_inverse = INVERSE.pointers("weights", "source.data", "gradient")
+_set_scores = SCORES.pointers()
+_set_output = OUTPUT.pointers()
+_set_inverse = INVERSE.pointers()
 
 _Strides = tuple[int, ...]
 _Plan = tuple[KernelSource, int, int, bytes]  # kernel, grid, shared memory, arguments without pointers

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from kernels.cuda import runtime
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, pack_tensor
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, address, pack_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.weights import (
     CHUNKS,
     ELEMENT_THREADS,
     MaterialisedAttention,
     additional_shares,
-    address,
     chunks_of,
     columns_of,
     geometry_of,
@@ -80,10 +79,10 @@ ADDITIONAL = Struct(
     tokens_per_share=INT,
     chunks=CHUNKS,
 )
-_set_scores = SCORES.pointers("query.data", "key.data", "additional.data", "weights", "rpb", "statistic")
-_set_output = OUTPUT.pointers("weights", "value.data", "additional.data", "output")
-_set_inverse = INVERSE.pointers("weights", "source.data", "gradient")
-_set_additional = ADDITIONAL.pointers("weights", "source.data", "partials")
+_set_scores = SCORES.pointers()
+_set_output = OUTPUT.pointers()
+_set_inverse = INVERSE.pointers()
+_set_additional = ADDITIONAL.pointers()
 
 
 def _source(name: str, dtype: torch.dtype, rank: int, *parameters: object) -> KernelSource:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.backend import Operands
 from kernels.cuda import runtime
-from kernels.cuda.arguments import GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor, why_not_near
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -112,12 +112,8 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
-    """Why the tensors' addresses do not suit 16-byte copies, in one sentence; None if they do."""
-    for name in ("query", "key", "value"):
-        tensor = getattr(operands, name)
-        if not _is_aligned(tensor):
-            return f"{name} at address {tensor.data_ptr():#x} with strides {tensor.stride()} is not aligned to 16 bytes"
-    return None
+    """Why the addresses and strides of the tensors do not suit the kernel, in one sentence; None if they do."""
+    return why_not_near(query=operands.query, key=operands.key, value=operands.value)
 
 
 def _is_aligned(tensor: Tensor) -> bool:

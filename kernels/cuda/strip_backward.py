@@ -18,7 +18,17 @@ from torch import Tensor
 
 from kernels.backend import Gradients, Operands
 from kernels.cuda import runtime
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import (
+    FLOAT,
+    GEOMETRY,
+    INT,
+    POINTER,
+    TENSOR,
+    Struct,
+    pack_geometry,
+    pack_tensor,
+    why_not_near,
+)
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
@@ -129,6 +139,11 @@ def why_not(problem: Problem) -> str | None:
     if choose_tile(problem, problem.has_rpb, device) is None:
         return f"strip needs more shared memory backward than the {device.shared_memory} bytes of a block"
     return None
+
+
+def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
+    """Why the addresses and strides of the tensors do not suit the kernel, in one sentence; None if they do."""
+    return why_not_near(query=operands.query, key=operands.key, value=operands.value, grad_output=grad_output)
 
 
 def backward(

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from kernels.backend import Gradients, Operands
 from kernels.cuda import runtime
-from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import (
+    GEOMETRY,
+    INT,
+    INT64,
+    POINTER,
+    TENSOR,
+    Struct,
+    address,
+    aligned,
+    pack_geometry,
+    pack_tensor,
+)
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -106,19 +117,6 @@ def chunks_of(matrices: int, rows: int, columns: int) -> tuple[bytes, int]:
     return packed, matrices * chunks * blocks_per_chunk
 
 
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor` itself, or a contiguous copy if a row of its channels does not start at a multiple of 16 bytes."""
-    unit = 16 // tensor.element_size()
-    strides = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-    if tensor.data_ptr() % 16 == 0 and all(stride % unit == 0 or size == 1 for size, stride in strides):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def pack_optional(strides: tuple[int, ...] | None) -> bytes:
     """TensorArguments of additional keys or values, all zero where there are none."""
     return pack_tensor((0, 0, 0) if strides is None else strides, rank=1)
@@ -145,9 +143,9 @@ def representative_weights_sources(dtype: torch.dtype, rank: int) -> Iterable[Ke
     yield _source("bias_gradient", dtype, rank, BIAS_THREADS)
 
 
-_set_softmax = SOFTMAX.pointers("weights", "lse")
-_set_delta = DELTA.pointers("output.data", "grad_output.data", "grad_lse", "delta")
-_set_bias_gradient = BIAS_GRADIENT.pointers("gradients", "partials")
+_set_softmax = SOFTMAX.pointers()
+_set_delta = DELTA.pointers()
+_set_bias_gradient = BIAS_GRADIENT.pointers()
 
 
 @lru_cache(maxsize=1024)
@@ -214,8 +212,9 @@ class MaterialisedAttention(ABC):
         for name, size in (("head_dim", problem.head_dim), ("value_dim", problem.value_dim)):
             if size % unit or not 0 < size <= MAX_CHANNELS:
                 return f"{name} {size} is not a multiple of {unit} from {unit} to {MAX_CHANNELS} ({problem.dtype})."
-        if problem.tokens * problem.heads >= 1 << 31 or columns_of(problem) >= 1 << 30:
-            return "one map has 2^31 queries or more over its heads, or a query 2^30 keys."
+        # The last block's threads count on past the last row.
+        if problem.tokens * problem.heads > (1 << 31) - ELEMENT_THREADS or columns_of(problem) >= 1 << 30:
+            return "one map has about 2^31 queries over its heads, or a query 2^30 keys."
         return None
 
     def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:

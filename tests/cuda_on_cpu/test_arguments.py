@@ -64,6 +64,7 @@ def test_pointers_are_written_over_a_copy():
     assert struct.unpack_from("<Q", filled, two.offsets["query.data"]) == (2**48 - 1,)
     assert packed == two.pack(query=pack_tensor((8, 4, 2), 1), count=3)
     assert struct.unpack_from("<i", filled, two.offsets["count"]) == (3,)
+    assert two.pointers()(packed, 2**48 - 1, 0x1234) == filled, "all pointers, in the order of their declaration"
 
 
 def test_a_field_that_is_unknown_missing_or_of_another_size_is_named():
@@ -71,6 +72,8 @@ def test_a_field_that_is_unknown_missing_or_of_another_size_is_named():
         PROBE.pack(count=1, c=2)
     with pytest.raises(TypeError, match=r"ProbeArguments\.count needs a value"):
         PROBE.pack()
+    with pytest.raises(OverflowError, match=r"ProbeArguments\.count: 2147483648 is no int"):
+        PROBE.pack(count=2**31)
     with pytest.raises(TypeError, match=r"Geometry\.axis takes 60 bytes, not 40"):
         GEOMETRY.pack(axis=[b"\0" * AXIS.size] * 2, batch=1, heads=1, key_heads=1, additional=0, scale=1.0)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.backend import Gradients, Operands
 from kernels.cuda import flash
+from kernels.cuda.arguments import alignment
 from kernels.problem import Axis, Problem
 from kernels.reference import Reference
 
@@ -219,7 +220,7 @@ def test_any_alignment(emulator: EmulatorRuntime, offset: int) -> None:
     shape = (1, 20, 2, 16)
     torch.manual_seed(offset)
     storage = guarded(torch.randn(3, 20 * 2 * 16 + offset).half())
-    assert flash.alignment([row[offset:].view(shape) for row in storage]) == 2 * offset
+    assert alignment(*(row[offset:].view(shape) for row in storage)) == 2 * offset
     check(problem, operands=Operands(*(row[offset:].view(shape) for row in storage)))
 
 
