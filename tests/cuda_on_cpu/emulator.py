@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import operators
 from kernels.build_cache import build_once, digest
 from kernels.cuda import jit
 from kernels.cuda.jit import KernelSource
@@ -30,7 +31,7 @@ from kernels.errors import CompilationError, KernelError, LaunchError, MissingCo
 
 HERE = Path(__file__).resolve().parent
 ROOTS = (*jit.INCLUDE_ROOTS, HERE)
-COMMON = ("-std=c++17", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall")
+COMMON = ("-std=c++17", "-fPIC", "-c", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall")
 ENGINE_FLAGS = (*COMMON, "-O3")
 # Uninitialised variables hold a pattern, not what a lucky stack slot left there; an index outside a local array traps.
 KERNEL_FLAGS = (
@@ -42,6 +43,8 @@ KERNEL_FLAGS = (
     "-fsanitize-undefined-trap-on-error",
     "-Wno-unknown-pragmas",
 )
+# Every load and store calls a function, which the engine has in place of the sanitizer's library.
+WATCHED_FLAGS = (*KERNEL_FLAGS, "-fsanitize=thread")
 SHARED_MEMORY = 227 << 10
 _PLAIN_MAP = struct.Struct("<6Q17I")
 _MAP_MAGIC = 0x70616D726F736E65
@@ -73,10 +76,10 @@ def _compile(text: str, name: str, flags: Sequence[str]) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "kernel.cpp").write_text(text)
             includes = [f"-I{root}" for root in ROOTS]
-            command = ["g++", *flags, *includes, "kernel.cpp", "-o", "kernel.so"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise CompilationError(f"g++ rejects {name}:\n{done.stderr}")
+            for arguments in (*flags, *includes, "kernel.cpp"), ("-shared", "kernel.o", "-o", "kernel.so"):
+                done = subprocess.run(["g++", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise CompilationError(f"g++ rejects {name}:\n{done.stderr}")
             return (Path(folder) / "kernel.so").read_bytes(), done.stderr
 
     build_once(path, build)
@@ -98,6 +101,7 @@ def engine() -> ctypes.CDLL:
         ctypes.c_uint,
         ctypes.c_ulonglong,
         ctypes.c_int,
+        ctypes.c_bool,
     ]
     library.emulator_guarded.restype = ctypes.c_void_p
     library.emulator_guarded.argtypes = [ctypes.c_ulonglong, ctypes.c_bool]
@@ -124,7 +128,7 @@ class EmulatedKernel:
     runtime: EmulatorRuntime
 
     def __post_init__(self) -> None:
-        self._library = ctypes.CDLL(str(_compile(render(self.source), self.source.name, KERNEL_FLAGS)))
+        self._library = ctypes.CDLL(str(_compile(render(self.source), self.source.name, self.runtime.flags)))
         self._entry = ctypes.cast(self._library.emulated_entry, ctypes.c_void_p)
         self._argument_bytes = ctypes.c_uint.in_dll(self._library, "emulated_argument_bytes").value
 
@@ -154,7 +158,15 @@ class EmulatedKernel:
             self.runtime.launches += 1
             seed = self.runtime.seed * 1_000_003 + self.runtime.launches
             failure = engine().emulator_launch(
-                name.encode(), self._entry, start, grid, threads, shared_bytes, seed, TIME_LIMIT
+                name.encode(),
+                self._entry,
+                start,
+                grid,
+                threads,
+                shared_bytes,
+                seed,
+                TIME_LIMIT,
+                self.runtime.watches_races,
             )
         if failure is not None:
             raise EmulationError(f"{failure.decode()} (seed {self.runtime.seed}, launch {self.runtime.launches})")
@@ -163,7 +175,8 @@ class EmulatedKernel:
 class EmulatorRuntime:
     """A device of tests: see kernels.cuda.runtime.Runtime.
 
-    `seed` decides when asynchronous copies land, and in what order warps, lanes and blocks run.
+    `seed` decides when asynchronous copies land, and in what order warps, lanes and blocks run. With `watches_races`
+    accesses to shared memory that nothing puts in order end the launch, whatever the order was: see race_check.h.
     """
 
     def __init__(
@@ -172,10 +185,13 @@ class EmulatorRuntime:
         shared_memory: int = SHARED_MEMORY,
         capability: tuple[int, int] = (9, 0),
         multiprocessors: int = 4,
+        watches_races: bool = False,
     ) -> None:
         self.seed = seed
         self.shared_memory = shared_memory
         self.launches = 0
+        self.watches_races = watches_races
+        self.flags = WATCHED_FLAGS if watches_races else KERNEL_FLAGS
         self._properties = DeviceProperties(capability, multiprocessors, shared_memory)
         self.kernels: dict[KernelSource, EmulatedKernel] = {}
         """Every kernel asked for so far."""
@@ -188,7 +204,7 @@ class EmulatorRuntime:
 
     def prepare(self, sources: Iterable[KernelSource], device: torch.device) -> None:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(lambda source: _compile(render(source), source.name, KERNEL_FLAGS), sources))
+            list(pool.map(lambda source: _compile(render(source), source.name, self.flags), sources))
 
     def properties(self, device: torch.device) -> DeviceProperties:
         return self._properties
@@ -274,7 +290,7 @@ class _Guarding(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastna":  # what the operator allocates inside
             with self:
-                return func(*args, **kwargs)
+                return _IMPLEMENTATIONS[func](*args, **kwargs)
         result = func(*args, **kwargs)
         created = func.namespace == "aten" and func.__name__.split(".")[0] in _CREATORS
         if created and isinstance(result, torch.Tensor) and result.is_contiguous() and result.device.type == "cpu":
@@ -283,6 +299,7 @@ class _Guarding(TorchDispatchMode):
         return result
 
 
+_IMPLEMENTATIONS = {operators.forward: operators._forward, operators.backward: operators._backward}
 _UNINITIALISED = {"empty", "empty_like", "new_empty", "empty_strided"}
 _CREATORS = _UNINITIALISED | {"zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full"}
 

@@ -17,6 +17,8 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -106,6 +108,8 @@ uint32_t random_below(uint32_t n) {
 Warp& this_warp() { return warps[emulator_current.thread / WARP]; }
 uint32_t this_lane_bit() { return 1u << (emulator_current.thread % WARP); }
 
+#include "race_check.h"
+
 // Of hopper_engine.h, below.
 bool land_a_box();
 void work_ahead();
@@ -175,10 +179,16 @@ void release(int id) {
   for (int warp = 0; warp < warp_count; ++warp) {
     if (!barrier.lanes[warp]) continue;
     if (barrier.lanes[warp] != ALL_LANES) emulator_fail("only lanes %08x of warp %d arrive at barrier %d", barrier.lanes[warp], warp, id);
+    publish(meeting[id], warp);
+  }
+  for (int warp = 0; warp < warp_count; ++warp) {
+    if (!barrier.lanes[warp]) continue;
+    join(clocks[warp], meeting[id]);
     warps[warp].ready = ALL_LANES;
     warps[warp].barrier = 0;
     barrier.lanes[warp] = 0;
   }
+  meeting[id] = {};
   barrier.arrived = 0;
   barrier.passed = 0;
 }
@@ -192,6 +202,7 @@ void arrive_without_waiting(Warp& warp) {
   if (barrier.passed & bit) emulator_fail("the warp arrives at barrier %d twice before it is complete", id);
   barrier.threads = count;
   barrier.passed |= bit;
+  publish(meeting[id], static_cast<int>(&warp - warps));
   if ((barrier.arrived += WARP) == count) release(id);
 }
 
@@ -228,20 +239,24 @@ void land(const Copy& copy) {
 void land_at(std::vector<Copy>& copies, size_t index) {
   std::swap(copies[index], copies.back());
   land(copies.back());
+  if (watched) check_access(copies.back().shared - SHARED_START, copies.back().bytes, Access::LAND);
   copies.pop_back();
 }
 
 void land_sometimes() {
   work_ahead();
   auto& copies = threads[emulator_current.thread].copies;
-  if (!copies.empty() && random_below(16) == 0) land_at(copies, random_below(static_cast<uint32_t>(copies.size())));
+  if (!watched && !copies.empty() && random_below(16) == 0) land_at(copies, random_below(static_cast<uint32_t>(copies.size())));
 }
 
 // ---- Warp operations: in[lane] of all lanes to out[lane]
 
 void load_matrices(Warp& w, int count, bool transposed) {
   const unsigned char* rows[32];
-  for (int i = 0; i < 8 * count; ++i) rows[i] = shared_at(w.in[i][0], 16, 16, NAMES[w.operation]);
+  for (int i = 0; i < 8 * count; ++i) {
+    rows[i] = shared_at(w.in[i][0], 16, 16, NAMES[w.operation]);
+    watch(rows[i], 16, Access::READ);
+  }
   for (int lane = 0; lane < WARP; ++lane) {
     const int g = lane / 4, q = lane % 4;
     for (int m = 0; m < count; ++m) {
@@ -337,6 +352,7 @@ FOR_THIS_CPU void multiply_tf32(Warp& w) {
 
 void execute(Warp& w) {
   const int warp = static_cast<int>(&w - warps);
+  step_on(warp);
   switch (w.operation) {
     case SYNC_WARP:
     case WARP_INDEX:
@@ -397,6 +413,7 @@ void run_block(uint32_t block) {
     make_context(threads[i].context, stacks + i * (STACK + PAGE) + PAGE, STACK, thread_body);
   }
   reset_hopper();
+  reset_races();
   alive = thread_count;
   descending = random_below(2);
   emulator_current.thread = static_cast<int>(random_below(thread_count));
@@ -514,10 +531,11 @@ void emulator_copy_async(unsigned shared, const void* global, int bytes, bool va
     sink = source[0];
     sink = source[bytes - 1];
   }
+  if (watched) check_access(shared - SHARED_START, bytes, Access::ISSUE);
   memset(target, POISON, bytes);
   Thread& thread = threads[emulator_current.thread];
   const Copy copy{shared, source, bytes, valid, thread.committed};
-  if (random_below(4) == 0) land(copy);
+  if (!watched && random_below(4) == 0) land(copy);
   else thread.copies.push_back(copy);
 }
 
@@ -542,6 +560,7 @@ void emulator_memory_barrier_init(unsigned shared, int arrivals) {
 void emulator_memory_barrier_arrive(unsigned shared, int expected_bytes) {
   MemoryBarrierState& state = memory_barrier(shared);
   if (state.pending == 0) emulator_fail("the memory barrier at byte %u gets more than its %u arrivals in one phase", shared - SHARED_START, static_cast<unsigned>(state.arrivals));
+  publish(memory_barrier_clocks[shared], emulator_current.thread / WARP);
   state.bytes += expected_bytes;
   --state.pending;
   finish_phase(shared, state);
@@ -558,6 +577,7 @@ void emulator_memory_barrier_wait(unsigned shared, unsigned parity) {
     this_warp().ready &= ~this_lane_bit();
     yield_blocked();
   }
+  join(clocks[emulator_current.thread / WARP], memory_barrier_clocks[shared]);
 }
 
 void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const int (&at)[5]) {
@@ -616,8 +636,9 @@ unsigned short emulator_float_to_half(float value) {
 
 // Runs a grid. Returns null, or what went wrong; the text lives until the next launch.
 const char* emulator_launch(const char* name, void (*entry)(const void*), const void* arguments, unsigned grid, int block, unsigned shared,
-                            unsigned long long seed, int seconds) {
+                            unsigned long long seed, int seconds, bool watch_races) {
   prepare_process();
+  watched = watch_races;
   kernel_name = name;
   kernel = entry;
   kernel_arguments = arguments;
@@ -680,3 +701,5 @@ void emulator_release(void* memory, unsigned long long bytes) {
 }  // extern "C"
 
 }  // namespace emulator
+
+#include "race_hooks.h"

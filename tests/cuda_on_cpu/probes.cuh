@@ -176,6 +176,11 @@ FASTNA_DEVICE void missing_barrier_probe(const ProbeArguments& args) {
   shared[thread_index()] = thread_index();
   static_cast<int*>(args.out)[thread_index()] = shared[thread_index() ^ 32];
 }
+FASTNA_DEVICE void missing_warp_barrier_probe(const ProbeArguments& args) {
+  int* shared = dynamic_shared<int>();
+  shared[thread_index()] = thread_index();
+  static_cast<int*>(args.out)[thread_index()] = shared[thread_index() ^ 1];
+}
 FASTNA_DEVICE void shared_write_probe(const ProbeArguments& args) { dynamic_shared<u8>()[args.count] = 1; }
 FASTNA_DEVICE void shared_read_probe(const ProbeArguments& args) { *static_cast<u8*>(args.out) = dynamic_shared<u8>()[args.count]; }
 FASTNA_DEVICE void matrix_address_probe(const ProbeArguments& args) {

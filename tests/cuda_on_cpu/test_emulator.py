@@ -93,6 +93,29 @@ def test_a_missing_barrier_shows_for_some_order_of_the_warps():
     assert not all(torch.equal(result, seen[0]) for result in seen), "the order depends on the seed"
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("function", "config", "message"),
+    [
+        ("missing_barrier_probe", "", "race: .* and no barrier is in between"),
+        ("missing_warp_barrier_probe", "", "race: .* and no collective of the warp is in between"),
+        ("copy_probe", "16, false, true", "race: the asynchronous copy has not been waited for by thread"),
+        ("copy_probe", "16, true, false", "race: .* and no barrier is in between"),
+        ("copy_probe", "16", None),
+        ("barrier_probe", "", None),
+    ],
+)
+def test_a_race_is_found_in_any_order(function, config, message, seed):
+    source, out = torch.arange(300 * 4, dtype=torch.int32), torch.zeros(300 * 4, dtype=torch.int32)
+    launch = {"config": config, "count": 300, "threads": 128 if function == "barrier_probe" else 64, "shared": 2048}
+    with use_runtime("cpu", EmulatorRuntime(seed, watches_races=True)):
+        if message is None:
+            run_probe(function, out, source, **launch)
+        else:
+            with pytest.raises(EmulationError, match=message):
+                run_probe(function, out, source, **launch)
+
+
 @pytest.mark.parametrize("config", ["16, false, true", "16, true, false"], ids=["no wait", "no barrier"])
 def test_a_missing_wait_or_barrier_around_asynchronous_copies_shows(config):
     source = torch.arange(300 * 4, dtype=torch.int32)
