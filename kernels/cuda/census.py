@@ -19,7 +19,9 @@ from kernels.cuda.jit import Compiled, KernelSource
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 QUICK_ARCHITECTURES = ("sm_80", "sm_90a")
-SERIALISED = ("C7508", "C7510", "C7512")  # ptxas: wgmma waits after every instruction, for one reason or another
+SERIALISED = tuple(
+    f"C75{n:02}" for n in range(8, 16)
+)  # ptxas: wgmma waits after every instruction, for one reason or another
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,18 +74,8 @@ def backward(
     inputs = _present(query, key, value, extra_keys, extra_values, grad_output)
     layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed()
 
-    delta = torch.empty_like(lse)
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
-    launch = flash_launch.query_gradient_launch(*layout, needs_rpb_grad and rpb is not None)
-    grad_rpb = partials = None
-    if needs_rpb_grad and rpb is not None:
-        partials = query.new_zeros((launch.chunks, *problem.rpb_shape), dtype=torch.float32)
-    addresses = _addresses(query, key, value, extra_keys, extra_values, output, lse, grad_output, grad_lse)
-    addresses += _addresses(grad_query, delta, rpb, partials)
-    launch.run(device, flash_launch.set_query_gradient(launch.packed, *addresses))
-    if partials is not None and rpb is not None:
-        grad_rpb = partials.sum(0).to(rpb.dtype)
-
+    grad_query, grad_rpb, delta = query_gradient(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
+    grad_key, grad_value = (t.new_empty(t.shape) for t in (key, value))
     for launch in flash_launch.key_gradient_launches(*layout):
         addresses = _addresses(query, key, value, lse, delta, grad_output, grad_key, grad_value, rpb)
         launch.run(device, flash_launch.set_key_gradient(launch.packed, *addresses))
@@ -100,6 +90,32 @@ def backward(
         launch.run(device, flash_launch.set_key_gradient(launch.packed, *addresses))
     grad_keys, grad_values = (partial.sum(0).to(problem.dtype) for partial in sums)
     return Gradients(grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values)
+
+
+def query_gradient(
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients of query and, where wanted, of the bias; and delta. output, lse and grad_lse are contiguous."""
+    query, key, value, rpb = operands.query, operands.key, operands.value, operands.rpb
+    additional = operands.additional_keys, operands.additional_values
+    rpb = None if rpb is None else rpb.contiguous()
+    inputs = _present(query, key, value, *additional, grad_output)
+    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed()
+    delta, grad_query = torch.empty_like(lse), query.new_empty(query.shape)
+    launch = flash_launch.query_gradient_launch(*layout, needs_rpb_grad and rpb is not None)
+    partials = None
+    if needs_rpb_grad and rpb is not None:
+        partials = query.new_zeros((launch.chunks, *problem.rpb_shape), dtype=torch.float32)
+    addresses = _addresses(query, key, value, *additional, output, lse, grad_output, grad_lse)
+    addresses += _addresses(grad_query, delta, rpb, partials)
+    launch.run(query.device, flash_launch.set_query_gradient(launch.packed, *addresses))
+    return grad_query, None if partials is None else partials.sum(0).to(problem.rpb_dtype), delta
 
 
 def representative_sources() -> Iterable[KernelSource]:

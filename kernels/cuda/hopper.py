@@ -12,8 +12,8 @@ from torch import Tensor
 from kernels.backend import Operands
 from kernels.cuda import arguments, hopper_tiles, runtime
 from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct
-from kernels.cuda.hopper_tiles import TENSOR_MAP, Tiles, choose_tiles, map_tensor
-from kernels.cuda.jit import KernelSource
+from kernels.cuda.hopper_tiles import TENSOR_MAP, Bias, Tiles, bias_of, choose_tiles, map_tensor, room_beside
+from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
 HOPPER_FORWARD = Struct(
@@ -26,10 +26,12 @@ HOPPER_FORWARD = Struct(
     lse=POINTER,
     geometry=GEOMETRY,
     tiles=INT.array(MAX_RANK),
+    rpb=POINTER,
 )
-_set_pointers = HOPPER_FORWARD.pointers("output.data", "lse")
+_set_pointers = HOPPER_FORWARD.pointers("output.data", "lse", "rpb")
 
 ARCHITECTURES = ("sm_90a",)
+STAGES = 2
 
 
 def most_keys(head_dim: int) -> tuple[int, int]:
@@ -43,7 +45,10 @@ def most_keys(head_dim: int) -> tuple[int, int]:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the forward pass, in one sentence; None where it does."""
-    return hopper_tiles.why_not(problem)
+    reason = hopper_tiles.why_not(problem)
+    if reason is None and problem.has_rpb and _tiles(problem) is None:
+        return f"shared memory does not hold a bias of {problem.rpb_shape[1:]} beside the keys"
+    return reason
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -52,27 +57,37 @@ def why_not_operands(problem: Problem, operands: Operands) -> str | None:
     return next((reason for name, tensor in named if (reason := hopper_tiles.why_not_tensor(name, tensor))), None)
 
 
-def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int) -> KernelSource:
+def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None) -> KernelSource:
+    config = [tiles.config(dtype, head_dim, inverse=False), tiles.registers]
     return KernelSource(
         "src/hopper_forward.cuh",
         "hopper_forward",
-        f"HopperForwardConfig<{tiles.config(dtype, head_dim, inverse=False)}, {tiles.registers}>",
+        instantiate("HopperForwardConfig", *config, *([] if bias is None else [bias.config])),
         "HopperForwardArguments",
         tiles.threads,
         tiles.resident,
     )
 
 
-def _shared_bytes(tiles: Tiles, head_dim: int) -> int:
+def _shared_bytes(tiles: Tiles, head_dim: int, bias: Bias | None = None) -> int:
     barriers = 8 * (1 + 4 * tiles.stages)
     boxes = 2 * tiles.stages * tiles.box_bytes(head_dim)
-    return tiles.rows_bytes(head_dim) + boxes + barriers + tiles.windows_bytes
+    table = 0 if bias is None else bias.bytes(tiles.rows, tiles.columns)
+    return tiles.rows_bytes(head_dim) + boxes + barriers + tiles.windows_bytes + table
+
+
+def _tiles(problem: Problem) -> Tiles | None:
+    """None where a bias leaves no room for boxes of keys."""
+    groups, most = most_keys(problem.head_dim)
+    room = room_beside(bias_of(problem), problem, groups, STAGES, lambda tiles: _shared_bytes(tiles, problem.head_dim))
+    return choose_tiles(arguments.padded_axes(problem), groups, most, STAGES, room=room)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(problem: Problem, output_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
     axes = arguments.padded_axes(problem)
-    tiles = choose_tiles(axes, *most_keys(problem.head_dim))
+    tiles = _tiles(problem)
+    assert tiles is not None, "why_not accepts the problem"
     counts = tiles.counts(axes)
     grid = math.prod(counts) * math.prod(problem.dilation) * problem.heads * problem.batch
     packed = HOPPER_FORWARD.pack(
@@ -83,8 +98,8 @@ def _plan(problem: Problem, output_strides: tuple[int, ...]) -> tuple[KernelSour
         geometry=arguments.pack_geometry(problem),
         tiles=counts,
     )
-    source = _source(tiles, problem.dtype, problem.head_dim)
-    return source, grid, _shared_bytes(tiles, problem.head_dim), packed, tiles
+    specifics = problem.head_dim, bias_of(problem)
+    return _source(tiles, problem.dtype, *specifics), grid, _shared_bytes(tiles, *specifics), packed, tiles
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -100,7 +115,9 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     )
     packed = maps + packed[len(maps) :]
     kernel = runtime.kernel(source, problem.device)
-    kernel.launch(grid, shared_bytes, _set_pointers(packed, output.data_ptr(), lse.data_ptr()))
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
+    addresses = output.data_ptr(), lse.data_ptr(), 0 if rpb is None else rpb.data_ptr()
+    kernel.launch(grid, shared_bytes, _set_pointers(packed, *addresses))
     return output, lse
 
 
@@ -118,4 +135,8 @@ def representative_sources() -> Iterable[KernelSource]:
     ]
     for dtype in (torch.float16, torch.bfloat16):
         for head_dim, queries, keys in shapes:
-            yield _source(Tiles(queries, (1, 1, most_keys(head_dim)[0]), keys, 2), dtype, head_dim)
+            tiles = Tiles(queries, (1, 1, most_keys(head_dim)[0]), keys, STAGES)
+            yield _source(tiles, dtype, head_dim)
+            if dtype == torch.bfloat16:
+                windows = (1 if queries[0] == 1 else 7, 1 if queries[1] == 1 else 13, 13)
+                yield _source(tiles, dtype, head_dim, Bias(torch.float32, windows))

@@ -1,7 +1,8 @@
 """`hopper_backward`: gradients for large windows on sm_90a, the same bits every time. See src/hopper_gradient.cuh.
 
 Three launches: what every query needs besides its vectors (hopper_statistics.cuh), the gradient of the queries, and
-the gradients of keys and values; above a head_dim of 128 these two go one by one.
+the gradients of keys and values; above a head_dim of 128 these two go one by one. Where the gradient of a bias is
+wanted, the flash kernel that sums it up computes that of the queries too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Gradients, Operands
-from kernels.cuda import arguments, hopper_tiles, runtime
-from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct
-from kernels.cuda.hopper_tiles import TENSOR_MAP, Tiles, choose_tiles, map_tensor
+from kernels.cuda import arguments, flash, hopper_tiles, runtime
+from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct, aligned
+from kernels.cuda.hopper_tiles import TENSOR_MAP, Bias, Tiles, bias_of, choose_tiles, map_tensor, room_beside
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -46,10 +47,12 @@ HOPPER_GRADIENT = Struct(
     grad_second=TENSOR,
     geometry=GEOMETRY,
     tiles=INT.array(MAX_RANK),
+    rpb=POINTER,
 )
-_set_gradient = HOPPER_GRADIENT.pointers("row_statistics", "grad_first.data", "grad_second.data")
+_set_gradient = HOPPER_GRADIENT.pointers("row_statistics", "grad_first.data", "grad_second.data", "rpb")
 
 ARCHITECTURES = ("sm_90a",)
+STAGES = 3
 MOST_SUMMED_TOGETHER = 128  # head_dim up to which registers hold the gradients of 64 keys and of their values
 STATISTICS = 4  # floats per query
 _STATISTICS_THREADS = 256
@@ -99,7 +102,10 @@ def shape_of(head_dim: int, part: Part) -> Shape:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the backward pass, in one sentence; None where it does."""
-    return hopper_tiles.why_not(problem)
+    reason = hopper_tiles.why_not(problem)
+    if reason is None and problem.has_rpb and any(_tiles(problem, part) is None for part in parts(problem)):
+        return f"shared memory does not hold a bias of {problem.rpb_shape[1:]} beside the boxes"
+    return reason
 
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
@@ -113,18 +119,13 @@ def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
     return next((reason for name, tensor in named if (reason := hopper_tiles.why_not_tensor(name, tensor))), None)
 
 
-def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, part: Part) -> KernelSource:
+def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, part: Part, bias: Bias | None = None) -> KernelSource:
+    config = [tiles.config(dtype, head_dim, inverse=part.keys), tiles.registers, shape_of(head_dim, part).queued]
+    config += [part.first, part.second, *([] if bias is None else [bias.config])]
     return KernelSource(
         "src/hopper_gradient.cuh",
         "hopper_gradient",
-        instantiate(
-            "HopperGradientConfig",
-            tiles.config(dtype, head_dim, inverse=part.keys),
-            tiles.registers,
-            shape_of(head_dim, part).queued,
-            part.first,
-            part.second,
-        ),
+        instantiate("HopperGradientConfig", *config),
         "HopperGradientArguments",
         tiles.threads,
         tiles.resident,
@@ -141,13 +142,29 @@ def _statistics_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
     )
 
 
-def _shared_bytes(tiles: Tiles, head_dim: int, part: Part) -> int:
+def _shared_bytes(tiles: Tiles, head_dim: int, part: Part, bias: Bias | None = None) -> int:
     second_stages = tiles.stages if part.second else min(tiles.stages, 2)
     stages = tiles.stages + second_stages
     rows = tiles.rows_bytes(head_dim) + (tiles.rows_bytes(head_dim) if part.first else 1024)
     statistics = 4 * STATISTICS * (second_stages * math.prod(tiles.columns) if part.keys else 1)
     used = rows + stages * tiles.box_bytes(head_dim) + statistics + 8 * (1 + 2 * stages) + tiles.windows_bytes
-    return -(-used // 16) * 16
+    return -(-used // 16) * 16 + (0 if bias is None else bias.bytes(tiles.rows, tiles.columns))
+
+
+def parts(problem: Problem) -> tuple[Part, ...]:
+    """The launches that compute a problem's gradients."""
+    return (QUERY, KEY_AND_VALUE) if problem.head_dim <= MOST_SUMMED_TOGETHER else (QUERY, KEY, VALUE)
+
+
+def _tiles(problem: Problem, part: Part) -> Tiles | None:
+    """None where a bias leaves no room for boxes of columns."""
+    shape, bias = shape_of(problem.head_dim, part), bias_of(problem, part.keys)
+    axes, shared_bytes = (
+        arguments.padded_axes(problem),
+        functools.partial(_shared_bytes, head_dim=problem.head_dim, part=part),
+    )
+    room = room_beside(bias, problem, shape.groups, STAGES, shared_bytes)
+    return choose_tiles(axes, shape.groups, shape.columns, STAGES, inverse=part.keys, room=room)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -168,8 +185,8 @@ def _statistics_plan(
 @functools.lru_cache(maxsize=1024)
 def _plan(problem: Problem, part: Part, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
     axes = arguments.padded_axes(problem)
-    shape = shape_of(problem.head_dim, part)
-    tiles = choose_tiles(axes, shape.groups, shape.columns, stages=3, inverse=part.keys)
+    tiles = _tiles(problem, part)
+    assert tiles is not None, "why_not accepts the problem"
     counts = tiles.counts(axes)
     grad = arguments.pack_tensor(grad_strides, problem.rank)
     packed = HOPPER_GRADIENT.pack(
@@ -185,8 +202,8 @@ def _plan(problem: Problem, part: Part, grad_strides: tuple[int, ...]) -> tuple[
     )
     heads = problem.key_heads if part.keys else problem.heads
     grid = math.prod(counts) * math.prod(problem.dilation) * heads * problem.batch
-    source = _source(tiles, problem.dtype, problem.head_dim, part)
-    return source, grid, _shared_bytes(tiles, problem.head_dim, part), packed, tiles
+    specifics = problem.head_dim, part, bias_of(problem, part.keys)
+    return _source(tiles, problem.dtype, *specifics), grid, _shared_bytes(tiles, *specifics), packed, tiles
 
 
 def _launch(
@@ -195,6 +212,7 @@ def _launch(
     rows: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor],
     statistics: Tensor,
+    rpb: Tensor | None,
     grads: tuple[Tensor, Tensor | None],
 ) -> None:
     """Writes the gradients of `rows` that the part is about; `columns` is what its rows see, or what sees them."""
@@ -205,7 +223,7 @@ def _launch(
     if part.keys:
         maps += map_tensor(statistics, tiles.columns, problem.dilation)
     packed = maps + packed[len(maps) :]
-    addresses = statistics.data_ptr(), first.data_ptr(), 0 if second is None else second.data_ptr()
+    addresses = (0 if t is None else t.data_ptr() for t in (statistics, first, second, rpb))
     runtime.kernel(source, problem.device).launch(grid, shared_bytes, _set_gradient(packed, *addresses))
 
 
@@ -219,19 +237,26 @@ def backward(
     needs_rpb_grad: bool,
 ) -> Gradients:
     """Gradients of the operands of a problem and tensors that `why_not` and `why_not_gradient` accept."""
-    output, lse = output.contiguous(), lse.contiguous()
+    output, lse = aligned(output.contiguous()), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     statistics = lse.new_empty((*lse.shape, STATISTICS), dtype=torch.float32)
     source, grid, packed = _statistics_plan(problem, output.stride(), grad_output.stride())
     addresses = [0 if t is None else t.data_ptr() for t in (output, grad_output, lse, grad_lse, statistics)]
     runtime.kernel(source, problem.device).launch(grid, 0, _set_statistics(packed, *addresses))
 
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
-    _launch(problem, QUERY, of_queries, of_keys, statistics, (grad_query, None))
-    for part in (KEY_AND_VALUE,) if problem.head_dim <= MOST_SUMMED_TOGETHER else (KEY, VALUE):
-        _launch(problem, part, of_keys, of_queries, statistics, (grad_key, grad_value))
-    return Gradients(grad_query, grad_key, grad_value, None)
+    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
+    grad_rpb = None
+    if needs_rpb_grad:
+        grad_query, grad_rpb, _ = flash.query_gradient(
+            problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad
+        )
+    else:
+        _launch(problem, QUERY, of_queries, of_keys, statistics, rpb, (grad_query, None))
+    for part in parts(problem)[1:]:
+        _launch(problem, part, of_keys, of_queries, statistics, rpb, (grad_key, grad_value))
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb)
 
 
 def representative_sources() -> Iterable[KernelSource]:
@@ -241,8 +266,10 @@ def representative_sources() -> Iterable[KernelSource]:
         for head_dim in (32, 64, 96, 128, 192, 256):
             for part in (QUERY, KEY_AND_VALUE) if head_dim <= MOST_SUMMED_TOGETHER else (QUERY, KEY, VALUE):
                 shape = shape_of(head_dim, part)
-                box = (1, shape.columns // 8, 8)
-                yield _source(Tiles((1, 8, 8), (1, 1, shape.groups), box, 3), dtype, head_dim, part)
+                tiles = Tiles((1, 8, 8), (1, 1, shape.groups), (1, shape.columns // 8, 8), STAGES)
+                yield _source(tiles, dtype, head_dim, part)
+                if dtype == torch.bfloat16:
+                    yield _source(tiles, dtype, head_dim, part, Bias(torch.float32, (1, 13, 13)))
         for rows, columns in (((1, 1, 64), (1, 1, 48)), ((8, 8, 1), (6, 1, 8))):
             for part in (QUERY, KEY_AND_VALUE):
-                yield _source(Tiles(rows, (1, 1, 2), columns, 3), dtype, 128, part)
+                yield _source(Tiles(rows, (1, 1, 2), columns, STAGES), dtype, 128, part)

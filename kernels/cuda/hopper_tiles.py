@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.cuda import runtime, tensor_map
-from kernels.cuda.arguments import MAX_RANK, Opaque
+from kernels.cuda.arguments import MAX_RANK, Opaque, padded_axes
 from kernels.cuda.jit import instantiate
 from kernels.problem import Axis, Problem
 
@@ -92,8 +92,10 @@ def why_not(problem: Problem) -> str | None:
         return f"it takes float16 and bfloat16, not {problem.dtype}"
     if problem.head_dim != problem.value_dim or problem.head_dim % 16 or problem.head_dim > 256:
         return f"it takes one head_dim, a multiple of 16 up to 256, not {problem.head_dim} and {problem.value_dim}"
-    if problem.has_rpb or problem.additional:
-        return "it takes neither a bias nor additional keys"
+    if problem.additional:
+        return "it takes no additional keys"
+    if problem.rpb_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes a bias in float32, float16 or bfloat16, not {problem.rpb_dtype}"
     if problem.scale <= 0:
         return f"it takes a positive scale, not {problem.scale}"
     if problem.window_size < SMALLEST_WINDOW:
@@ -101,6 +103,58 @@ def why_not(problem: Problem) -> str | None:
     if max(problem.dilation) > tensor_map.MAX_STEP:
         return f"it takes dilations up to {tensor_map.MAX_STEP}, not {problem.dilation}"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Bias:
+    """A bias in shared memory, as hopper_bias.cuh wants it: tables of one head or of several that share keys."""
+
+    dtype: torch.dtype
+    windows: tuple[int, int, int]
+    heads: int = 1
+
+    @property
+    def config(self) -> str:
+        return instantiate("HopperBias", self.dtype, *self.windows, self.heads)
+
+    def bytes(self, rows: tuple[int, int, int], columns: tuple[int, int, int]) -> int:
+        """The tables, and the margins around them that pairs of a box read which no window joins."""
+        entries, margin = 1, 0
+        for window, row, column in zip(self.windows, rows, columns, strict=True):
+            side = 2 * window - 1
+            margin = margin * side + row + column - 2
+            entries *= side
+        return 4 * (self.heads * entries + 2 * margin)
+
+
+def bias_of(problem: Problem, keys: bool = False) -> Bias | None:
+    """What a kernel needs of a problem's bias; `keys`: its rows are keys."""
+    if problem.rpb_dtype is None:
+        return None
+    first, second, third = (axis.window for axis in padded_axes(problem))
+    return Bias(problem.rpb_dtype, (first, second, third), problem.heads // problem.key_heads if keys else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Shared memory that boxes of columns and a bias share: bytes in all, and bytes per column of a box."""
+
+    bias: Bias
+    shared: int
+    per_column: int
+
+    def holds(self, rows: tuple[int, int, int], columns: tuple[int, int, int]) -> bool:
+        return self.bias.bytes(rows, columns) + self.per_column * math.prod(columns) <= self.shared
+
+
+def room_beside(
+    bias: Bias | None, problem: Problem, groups: int, stages: int, shared_bytes: Callable[[Tiles], int]
+) -> Room | None:
+    """In a block of `groups` warpgroups; `shared_bytes` says what a kernel wants without a bias."""
+    if bias is None:
+        return None
+    none, sixteen = (shared_bytes(Tiles((1, 1, ROWS), (1, 1, groups), (1, 1, size), stages)) for size in (0, 16))
+    return Room(bias, runtime.properties(problem.device).shared_memory - none, (sixteen - none) // 16)
 
 
 def why_not_tensor(name: str, tensor: Tensor) -> str | None:
@@ -147,11 +201,18 @@ def _boxes(count: int, exact: bool, axes: tuple[Axis, ...], multiple: int) -> It
 
 @functools.lru_cache(maxsize=512)
 def choose_tiles(
-    axes: tuple[Axis, ...], groups: int, most: int, stages: int = 2, resident: int = 1, inverse: bool = False
-) -> Tiles:
+    axes: tuple[Axis, ...],
+    groups: int,
+    most: int,
+    stages: int = 2,
+    resident: int = 1,
+    inverse: bool = False,
+    room: Room | None = None,
+) -> Tiles | None:
     """The boxes of `groups` warpgroups and up to `most` columns that multiply the fewest pairs.
 
-    `axes` are padded to three; `inverse`: rows are keys, and columns the queries that see them.
+    `axes` are padded to three; `inverse`: rows are keys, and columns the queries that see them. Where there is a bias,
+    `room` is for it and the boxes; None if no box of half of `most` fits beside it.
     """
     along = functools.cache(functools.partial(_along, inverse=inverse))
     limits = [tensor_map.MAX_BOX // axis.dilation for axis in axes]
@@ -169,14 +230,16 @@ def choose_tiles(
             if any(side > max(axis.length, 1) and w > 1 for side, axis, w in zip(block, axes, warpgroups, strict=True)):
                 continue
             for box in columns:
+                if room is not None and not room.holds(rows, box):
+                    continue
                 shapes = zip(axes, rows, warpgroups, box, strict=True)
                 cost = math.prod(along(*shape) for shape in shapes) * (1 + STEP_PAIRS / math.prod(box))
                 if best is None or cost < best[0]:
                     best = cost, Tiles(rows, warpgroups, box, stages, resident)
-    if best is None:
+    if best is None and room is None:
         rows = next(box for box in _boxes(ROWS, True, axes, 1) if not any(side & (side - 1) for side in box))
         return Tiles(rows, (1, 1, groups), columns[-1], stages, resident)
-    return best[1]
+    return None if best is None else best[1]
 
 
 def map_tensor(tensor: Tensor, box: tuple[int, int, int], dilation: tuple[int, ...]) -> bytes:

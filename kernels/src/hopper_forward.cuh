@@ -5,7 +5,7 @@
 // (FlashAttention-3, arXiv 2407.08608, section 3.2).
 #pragma once
 
-#include "fastna/hopper_tiles.cuh"
+#include "fastna/hopper_bias.cuh"
 #include "fastna/wgmma.cuh"
 
 namespace fastna {
@@ -16,12 +16,14 @@ struct HopperForwardArguments {
   float* lse;  // [batch, *space, heads], contiguous, natural logarithm
   Geometry geometry;
   int tiles[3];  // blocks along each axis of the longest dilation group
+  const void* rpb;
 };
 
-// REGISTERS: of each thread that multiplies.
-template <class Tiles_, int REGISTERS>
+// REGISTERS: of each thread that multiplies. Bias: NoBias or a HopperBias.
+template <class Tiles_, int REGISTERS, class Bias_ = NoBias>
 struct HopperForwardConfig {
   using Tiles = Tiles_;
+  using Bias = Bias_;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
 };
 
@@ -31,9 +33,11 @@ struct HopperForward {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
+  using Bias = typename Config::Bias;
+  static constexpr bool BIAS = Bias::PRESENT;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, STAGES = Tiles::STAGES, GROUPS = Tiles::WARPGROUPS;
   static constexpr bool TURNS = GROUPS == 2;
-  static constexpr int FIRST_TURN = 8;  // named barriers
+  static constexpr int ALL_CONSUMERS = 7, FIRST_TURN = 8;  // named barriers
   static constexpr float SLACK = 8.0f;  // log2
   static constexpr int ROW = Tiles::ROW_BYTES, SLICE = Tiles::SLICE;
 
@@ -86,10 +90,17 @@ struct HopperForward {
     int own[3];
     place.own_origin(w, own);
     const HopperSight<Tiles> sight(place, own, thread, shared.windows[w]);
-    named_barrier(1 + w, 128);
+    const HopperBiasTable<Bias, Tiles> bias(reinterpret_cast<float*>(&shared + 1), own, row, quad);
+    if constexpr (BIAS) {
+      bias.load(args.rpb, place.head, w * 128 + thread, GROUPS * 128);
+      named_barrier(ALL_CONSUMERS, GROUPS * 128);
+    } else {
+      named_barrier(1 + w, 128);
+    }
     barrier_wait(shared.query_full, 0);
 
     const float scale = args.geometry.scale * LOG2_E;
+    const float unit = BIAS ? 1.0f : scale;  // what makes exponents of 2 of scores: the bias is added to scaled ones
     const u32 query = shared_address(shared.query[w]);
     float scores[N / 2], output[D / 2];
     u32 weights[N / 4];
@@ -121,8 +132,9 @@ struct HopperForward {
         Wgmma<D>::template product_transposed<T>(output, weights + 4 * k, matrix_descriptor<ROW>(value + k * 16 * ROW, N * ROW));
       wgmma_commit();
     };
-    // Scores become weights 2^(scale (s - peak)); the sums and what is already summed up are brought to the new peak.
+    // Scores become weights 2^(unit (s - peak)); the sums and what is already summed up are brought to the new peak.
     const auto soften = [&](const Walk& walk) {
+      if constexpr (BIAS) bias.add(scores, place, walk, scale);
       sight.hide(scores, walk, row, quad);
       FASTNA_UNROLL
       for (int half_ = 0; half_ < 2; ++half_) {
@@ -132,15 +144,15 @@ struct HopperForward {
         top = fmaxf(top, shuffle_xor(top, 1));
         top = fmaxf(top, shuffle_xor(top, 2));
         // A peak that is a little too low only makes weights up to 2^SLACK; keeping it spares the rescaling of the output.
-        if ((top - peak[half_]) * scale <= SLACK) top = peak[half_];
-        rescale[half_] = exp2_approx((peak[half_] - top) * scale);
+        if ((top - peak[half_]) * unit <= SLACK) top = peak[half_];
+        rescale[half_] = exp2_approx((peak[half_] - top) * unit);
         peak[half_] = top;
-        const float shift = top * scale;
+        const float shift = top * unit;
         float total = 0.0f;
         FASTNA_UNROLL
         for (int i = half_ * 2; i < N / 2; i += 4) {
-          scores[i] = exp2_approx(scores[i] * scale - shift);
-          scores[i + 1] = exp2_approx(scores[i + 1] * scale - shift);
+          scores[i] = exp2_approx(scores[i] * unit - shift);
+          scores[i + 1] = exp2_approx(scores[i + 1] * unit - shift);
           total += scores[i] + scores[i + 1];
         }
         sum[half_] = sum[half_] * rescale[half_] + total;
@@ -214,11 +226,11 @@ struct HopperForward {
       wgmma_wait<0>();
       release(shared.value_empty[stage(last)]);
     }
-    if (!sight.idle) store(w, own, row, quad, thread, output, peak, sum, scale);
+    if (!sight.idle) store(w, own, row, quad, thread, output, peak, sum, unit);
   }
 
   FASTNA_DEVICE void store(int w, const int (&own)[3], int row, int quad, int thread, const float (&output)[D / 2], const float (&peak)[2],
-                           const float (&sum)[2], float scale) {
+                           const float (&sum)[2], float unit) {
     u8* slot = shared.query[w];  // this warpgroup's queries are no longer needed
     FASTNA_UNROLL
     for (int half_ = 0; half_ < 2; ++half_) {
@@ -238,7 +250,7 @@ struct HopperForward {
         i64 index = place.batch;
         FASTNA_UNROLL
         for (int a = 0; a < 3; ++a) index = index * geometry.axis[a].length + at[a];
-        args.lse[index * geometry.heads + place.head] = (peak[half_] * scale + log2_approx(total)) * LN_2;
+        args.lse[index * geometry.heads + place.head] = (peak[half_] * unit + log2_approx(total)) * LN_2;
       }
     }
     named_barrier(1 + w, 128);

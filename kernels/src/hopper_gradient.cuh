@@ -10,7 +10,7 @@
 // Weights and their gradients go to the second products in registers: an accumulator of s^T or ds^T is laid out as the operand wants it.
 #pragma once
 
-#include "fastna/hopper_tiles.cuh"
+#include "fastna/hopper_bias.cuh"
 #include "fastna/wgmma.cuh"
 
 namespace fastna {
@@ -22,14 +22,16 @@ struct HopperGradientArguments {
   TensorArguments grad_first, grad_second;  // grad_query; or grad_key and grad_value
   Geometry geometry;
   int tiles[3];  // blocks along each axis of the longest dilation group
+  const void* rpb;
 };
 
 // QUEUED: dp of a box is asked for before the last box's gradients are summed up. It keeps the matrix units busy longer, and costs the
 // registers of the factors of those sums.
-// FIRST, SECOND: which gradients are summed up, grad_query or grad_key, and grad_value.
-template <class Tiles_, int REGISTERS, bool QUEUED_, bool FIRST_, bool SECOND_>
+// FIRST, SECOND: which gradients are summed up, grad_query or grad_key, and grad_value. Bias: NoBias or a HopperBias.
+template <class Tiles_, int REGISTERS, bool QUEUED_, bool FIRST_, bool SECOND_, class Bias_ = NoBias>
 struct HopperGradientConfig {
   using Tiles = Tiles_;
+  using Bias = Bias_;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
   static constexpr bool QUEUED = QUEUED_, FIRST = FIRST_, SECOND = SECOND_;
   static constexpr bool KEYS = Tiles::INVERSE;  // rows are keys
@@ -44,8 +46,11 @@ struct HopperGradient {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
+  using Bias = typename Config::Bias;
   static constexpr bool KEYS = Config::KEYS, FIRST = Config::FIRST, SECOND = Config::SECOND, QUEUED = Config::QUEUED;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, GROUPS = Tiles::WARPGROUPS;
+  static constexpr bool BIAS = Bias::PRESENT;
+  static constexpr int ALL_CONSUMERS = 7;  // named barrier
   // A box is held until the next one's scores are computed, save for the second half where it has no gradient.
   static constexpr int STAGES = Tiles::STAGES, SECOND_STAGES = SECOND ? STAGES : minimum(STAGES, 2);
   static_assert(STAGES >= 2, "two boxes are in use at once");
@@ -74,6 +79,10 @@ struct HopperGradient {
   static FASTNA_DEVICE int second_stage(int step) { return step % SECOND_STAGES; }
   static FASTNA_DEVICE u32 second_parity(int step) { return step / SECOND_STAGES & 1; }
 
+  FASTNA_DEVICE int first_column_head() const {
+    return KEYS ? place.head * shared_heads : place.head / (args.geometry.heads / args.geometry.key_heads);
+  }
+
   // One thread: the rows once, then every box of columns as its stage falls free.
   FASTNA_DEVICE void produce() {
     barrier_expect(shared.rows_full, (FIRST ? 2 : 1) * GROUPS * Tiles::ROWS_BYTES);
@@ -84,7 +93,7 @@ struct HopperGradient {
       place.copy_slices(shared.first_rows[w], 64, args.first_rows, shared.rows_full, place.head * D, first);
       if constexpr (FIRST) place.copy_slices(shared.second_rows[w], 64, args.second_rows, shared.rows_full, place.head * D, first);
     }
-    const int first_head = KEYS ? place.head * shared_heads : place.head / (args.geometry.heads / args.geometry.key_heads);
+    const int first_head = first_column_head();
     Walk walk{0, {0, 0, 0}, 0};
     for (const int count = steps(); walk.step < count; place.advance(walk)) {
       const int f = first_stage(walk.step), s = second_stage(walk.step), head = first_head + walk.head;
@@ -119,7 +128,13 @@ struct HopperGradient {
         }
       }
     }
-    named_barrier(1 + w, 128);
+    const HopperBiasTable<Bias, Tiles> bias(reinterpret_cast<float*>(&shared + 1), own, row, quad);
+    if constexpr (BIAS) {
+      bias.load(args.rpb, KEYS ? first_column_head() : place.head, w * 128 + thread, GROUPS * 128);
+      named_barrier(ALL_CONSUMERS, GROUPS * 128);
+    } else {
+      named_barrier(1 + w, 128);
+    }
     barrier_wait(shared.rows_full, 0);
 
     const float scale = args.geometry.scale * LOG2_E;
@@ -189,9 +204,10 @@ struct HopperGradient {
     // lse comes with the second half of a box.
     const auto weigh = [&]() {
       if constexpr (KEYS && !QUEUED) barrier_wait(shared.second_full[second_stage(walk.step)], second_parity(walk.step));
+      if constexpr (BIAS) bias.add(scores, place, walk, scale);
       sight.hide(scores, walk, row, quad);
       FASTNA_UNROLL
-      for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * scale - statistic(walk.step, i, 0));
+      for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * (BIAS ? 1.0f : scale) - statistic(walk.step, i, 0));
     };
     const auto differentiate = [&]() {
       FASTNA_UNROLL

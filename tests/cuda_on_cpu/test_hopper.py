@@ -40,32 +40,36 @@ def doubles(operands: Operands) -> Operands:
     return Operands(*(None if t is None else t.double() for t in dataclasses.astuple(operands)))
 
 
+def in_doubles(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, dtype=torch.float64, rpb_dtype=problem.rpb_dtype and torch.float64)
+
+
 def check_forward(problem: Problem, *, packed: bool = False) -> tuple[Tensor, Tensor]:
     operands = make_operands(problem, packed=packed)
     assert hopper.why_not(problem) is None
     assert hopper.why_not_operands(problem, operands) is None
-    expected, expected_lse = Reference().forward(dataclasses.replace(problem, dtype=torch.float64), doubles(operands))
+    expected, expected_lse = Reference().forward(in_doubles(problem), doubles(operands))
     output, lse = hopper.forward(problem, operands)
     close("output", output, expected, TOLERANCE[problem.dtype])
     close("lse", lse, expected_lse, TOLERANCE[problem.dtype])
     return output, lse
 
 
-def check_backward(problem: Problem, *, packed: bool = False) -> Gradients:
+def check_backward(problem: Problem, *, packed: bool = False, needs_rpb_grad: bool = False) -> Gradients:
     """All gradients, that through lse included."""
     operands = make_operands(problem, packed=packed)
     assert hopper_backward.why_not(problem) is None
-    exact, exact_operands = dataclasses.replace(problem, dtype=torch.float64), doubles(operands)
+    exact, exact_operands = in_doubles(problem), doubles(operands)
     output, lse = Reference().forward(exact, exact_operands)
     grad_output = guarded(torch.randn(output.shape).to(problem.dtype))
     grad_lse = guarded(torch.randn(lse.shape))
     assert hopper_backward.why_not_gradient(operands, grad_output) is None
     wanted = Reference().backward(
-        exact, exact_operands, output, lse, grad_output.double(), grad_lse.double(), needs_rpb_grad=False
+        exact, exact_operands, output, lse, grad_output.double(), grad_lse.double(), needs_rpb_grad
     )
     rounded = guarded(output.to(problem.dtype)), guarded(lse.float())
-    gradients = hopper_backward.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad=False)
-    for name in ("query", "key", "value"):
+    gradients = hopper_backward.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad)
+    for name in ("query", "key", "value", *(("rpb",) if needs_rpb_grad else ())):
         close(f"gradient of {name}", getattr(gradients, name), getattr(wanted, name), 2 * TOLERANCE[problem.dtype])
     return gradients
 
@@ -110,6 +114,57 @@ def test_packed_qkv_is_read_in_place(emulator: EmulatorRuntime) -> None:
     problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=3, head_dim=64)
     check_forward(problem, packed=True)
     check_backward(problem, packed=True)
+
+
+@pytest.mark.parametrize(
+    ("axes", "rpb_dtype"),
+    [
+        ((Axis(300, 140),), torch.float32),
+        ((Axis(20, 12), Axis(24, 13)), torch.float16),
+        ((Axis(33, 8, 3), Axis(26, 9, 2)), torch.bfloat16),
+        ((Axis(18, 10, causal=True), Axis(21, 8, stride=5)), torch.float32),
+        ((Axis(6, 5), Axis(10, 6), Axis(13, 7)), torch.float32),
+    ],
+    ids=str,
+)
+def test_bias(emulator: EmulatorRuntime, axes: tuple[Axis, ...], rpb_dtype: torch.dtype) -> None:
+    """Every head has its own, heads that share keys too."""
+    dtype = torch.float16 if rpb_dtype == torch.float32 else rpb_dtype
+    problem = make_problem(*axes, heads=2, key_heads=1, head_dim=32, dtype=dtype, rpb_dtype=rpb_dtype)
+    check_forward(problem)
+    check_backward(problem)
+
+
+@pytest.mark.parametrize("head_dim", [128, 192])
+def test_bias_at_large_head_dims(emulator: EmulatorRuntime, head_dim: int) -> None:
+    problem = make_problem(Axis(14, 9), Axis(19, 11), heads=2, head_dim=head_dim, rpb_dtype=torch.float16)
+    check_forward(problem)
+    check_backward(problem)
+
+
+@pytest.mark.parametrize("rows", [(1, 1, 64), (1, 16, 4), (1, 32, 2), (4, 16, 1)], ids=str)
+def test_bias_of_rows_in_any_box(
+    emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, rows: tuple[int, int, int]
+) -> None:
+    """Where the row eight further lies: on the same line, another one, another plane."""
+    use_tiles(monkeypatch, Tiles(rows, (1, 1, 2), (2, 2, 8), 2))
+    problem = make_problem(Axis(4, 3), Axis(17, 5), Axis(20, 6), head_dim=16, rpb_dtype=torch.float32)
+    check_forward(problem)
+    check_backward(problem)
+
+
+def test_the_gradient_of_a_bias(emulator: EmulatorRuntime) -> None:
+    check_backward(
+        make_problem(Axis(20, 12), Axis(24, 13), heads=2, head_dim=32, rpb_dtype=torch.float32), needs_rpb_grad=True
+    )
+
+
+def test_a_bias_that_shared_memory_does_not_hold(emulator: EmulatorRuntime) -> None:
+    axes = Axis(30, 18), Axis(48, 24), Axis(80, 24)
+    assert hopper.why_not(make_problem(*axes, head_dim=128)) is None
+    problem = make_problem(*axes, head_dim=128, rpb_dtype=torch.float32)
+    for family in (hopper, hopper_backward):
+        assert "a bias of (35, 47, 47)" in str(family.why_not(problem))
 
 
 SKIPPING = (Axis(420, 40),)
