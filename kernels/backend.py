@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -24,6 +25,11 @@ class Operands:
     rpb: Tensor | None = None
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All six, in the order of the fields."""
+        return self.query, self.key, self.value, self.rpb, self.additional_keys, self.additional_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +74,41 @@ class Backend(Protocol):
         - lse), dp = grad_output value^T and delta = sum(grad_output * output, -1) - grad_lse: ds = p * (dp - delta).
         """
         ...
+
+
+BoundForward = Callable[..., tuple[Tensor, Tensor]]
+"""Of query, key, value, rpb, additional keys and values: output and lse."""
+
+BoundBackward = Callable[..., Gradients]
+"""Of the same six, output, lse, grad_output and grad_lse: the gradients."""
+
+
+def bind_forward(served_by: Any, problem: Problem, operands: Operands) -> BoundForward:
+    """The forward pass of every call of the same kind (see kernels/calls.py), as a function of its tensors.
+
+    `served_by`, a backend or a kernel family, may have a `bind_forward(problem, operands)` of its own, which does now
+    what depends on no address. Whatever its function is given later has the strides and alignment of `operands`.
+    """
+    if hasattr(served_by, "bind_forward"):
+        bound: BoundForward = served_by.bind_forward(problem, operands)
+        return bound
+    return lambda *tensors: served_by.forward(problem, Operands(*tensors))
+
+
+def bind_backward(
+    served_by: Any,
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> BoundBackward:
+    """As `bind_forward`, for the backward pass."""
+    if hasattr(served_by, "bind_backward"):
+        bound: BoundBackward = served_by.bind_backward(
+            problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad
+        )
+        return bound
+    return lambda *tensors: served_by.backward(problem, Operands(*tensors[:6]), *tensors[6:], needs_rpb_grad)

@@ -38,14 +38,7 @@ def _arguments(
 ) -> tuple[Any, ...]:
     """The call as `operators.forward` takes it, backend excepted."""
     rank = rank_of(query, rank)
-    require_tensors(
-        query=query,
-        key=key,
-        value=value,
-        rpb=rpb,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )
+    require_tensors(query, key, value, rpb, additional_keys, additional_values)
     return (
         query,
         key,
@@ -66,8 +59,8 @@ def _attend(rank: int | None, return_lse: bool, backend: str | None, *call: Any)
         raise ValueError(
             f"backend={backend!r} is unknown; it must be one of {', '.join(MODULES)}, or None for the best"
         )
-    output, lse = operators.forward(*_arguments(rank, *call), backend)
-    return (output, lse) if return_lse else output
+    results = operators.forward(*_arguments(rank, *call), backend)
+    return results if return_lse else results[0]
 
 
 def neighborhood_attention(

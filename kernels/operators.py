@@ -6,15 +6,18 @@ smallest CUDA kernels take ten. Nothing here computes; `dispatch` says who does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Operands
+from kernels import calls
+from kernels.backend import Gradients, Operands, bind_backward, bind_forward
 from kernels.dispatch import choose
 from kernels.validation import check, describe
+
+_Key = torch._C.DispatchKey
 
 _OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
 _ARGUMENTS = "int[] window, int[] dilation, int[] stride, bool[] is_causal, float scale, str? backend"
@@ -35,81 +38,43 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _maybe_readable(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _readable(tensor)
+def _all_readable(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else _readable(tensor) for tensor in tensors]
 
 
-def _operands(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, keys: Tensor | None, values: Tensor | None
-) -> Operands:
-    return Operands(
-        _readable(query),
-        _readable(key),
-        _readable(value),
-        _maybe_readable(rpb),
-        _maybe_readable(keys),
-        _maybe_readable(values),
-    )
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    kind = calls.kind_of(*inputs)
+    bound = calls.find(kind)
+    if bound is None:
+        bound = calls.keep(kind, _bind_forward(inputs[:6], inputs[6:]))
+    result: tuple[Tensor, Tensor] = bound(*inputs[:6])
+    return result
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    window: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    problem = describe(
-        query, key, value, rpb, additional_keys, additional_values, window, dilation, stride, is_causal, scale
-    )
+def _bind_forward(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> calls.Bound:
+    *window_options, backend = options
+    problem = describe(*tensors, *window_options)
     chosen = choose(problem, backend)
     if problem.batch == 0:
-        shape = query.shape[:-1]
-        return query.new_empty((*shape, problem.value_dim)), query.new_empty(shape, dtype=problem.accumulation_dtype)
-    return chosen.forward(problem, _operands(query, key, value, rpb, additional_keys, additional_values))
+        return lambda query, *others: (
+            query.new_empty((*query.shape[:-1], problem.value_dim)),
+            query.new_empty(query.shape[:-1], dtype=problem.accumulation_dtype),
+        )
+    readable = _all_readable(tensors)
+    bound = bind_forward(chosen, problem, Operands(*readable))  # type: ignore[arg-type]
+    if all(one is other for one, other in zip(tensors, readable, strict=True)):
+        return bound
+    return lambda *tensors: bound(*_all_readable(tensors))
 
 
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    needs_rpb_grad: bool,
-    window: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    problem = describe(
-        query, key, value, rpb, additional_keys, additional_values, window, dilation, stride, is_causal, scale
-    )
-    tensors = (query, key, value, rpb if needs_rpb_grad else None, additional_keys, additional_values)
-    if problem.batch == 0:
-        return tuple(_absent(query) if t is None else t.new_zeros(t.shape) for t in tensors)
-    gradients = choose(problem, backend).backward(
-        problem,
-        _operands(query, key, value, rpb, additional_keys, additional_values),
-        output,
-        lse,
-        _readable(grad_output),
-        grad_lse,
-        needs_rpb_grad,
-    )
+def _backward(*inputs: Any) -> tuple[Tensor, ...]:
+    operands, others, needs_rpb_grad, options = inputs[:6], inputs[6:10], inputs[10], inputs[11:]
+    kind = calls.backward_kind_of(calls.kind_of(*operands, *options), needs_rpb_grad, *others)
+    bound = calls.find(kind)
+    if bound is None:
+        bound = calls.keep(kind, _bind_backward(operands, others, needs_rpb_grad, options))
+    gradients: Gradients = bound(*inputs[:10])
+    query = inputs[0]
     return (
         gradients.query,
         gradients.key,
@@ -118,6 +83,35 @@ def _backward(
         _absent(query) if gradients.additional_keys is None else gradients.additional_keys,
         _absent(query) if gradients.additional_values is None else gradients.additional_values,
     )
+
+
+def _bind_backward(
+    operands: tuple[Any, ...], others: tuple[Any, ...], needs_rpb_grad: bool, options: tuple[Any, ...]
+) -> calls.Bound:
+    *window_options, backend = options
+    problem = describe(*operands, *window_options)
+    chosen = choose(problem, backend)
+    if problem.batch == 0:
+        return lambda query, key, value, rpb, *others: Gradients(
+            torch.zeros_like(query),
+            torch.zeros_like(key),
+            torch.zeros_like(value),
+            torch.zeros_like(rpb) if needs_rpb_grad else None,
+            *(None if tensor is None else torch.zeros_like(tensor) for tensor in others[:2]),
+        )
+    tensors = (*operands, *others)
+    readable: list[Any] = [*_all_readable(operands), *_with_readable_gradient(*others)]
+    output, lse, grad_output, grad_lse = readable[6:]
+    bound = bind_backward(chosen, problem, Operands(*readable[:6]), output, lse, grad_output, grad_lse, needs_rpb_grad)
+    if all(one is other for one, other in zip(tensors, readable, strict=True)):
+        return bound
+    return lambda *tensors: bound(*_all_readable(tensors[:6]), *_with_readable_gradient(*tensors[6:]))
+
+
+def _with_readable_gradient(
+    output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    return output, lse, _readable(grad_output), grad_lse
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -163,24 +157,73 @@ def _backward_fake(
     return tuple(_absent(query) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.arguments = inputs[6:]
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_BELOW_AUTOGRAD_BITS = _BELOW_AUTOGRAD.raw_repr()
+_PLAIN = frozenset(torch._C.DispatchKeySet(key).raw_repr() for key in (_Key.CPU, _Key.CUDA))
 
 
-def _differentiate(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    *operands, output, lse = ctx.saved_tensors
-    if grad_output is None:
-        grad_output = torch.zeros_like(output)
-    needed = ctx.needs_input_grad
-    needs_rpb_grad = operands[3] is not None and needed[3]
-    gradients = backward(*operands, output, lse, grad_output, grad_lse, needs_rpb_grad, *ctx.arguments)
-    return (*(g if needed[i] else None for i, g in enumerate(gradients)), *(None for _ in ctx.arguments))
+def _below_autograd(
+    op: torch._ops.OpOverload, compute: Callable[..., Any], keys: torch._C.DispatchKeySet, inputs: tuple[Any, ...]
+) -> Any:
+    """What `op` does once autograd has had its say: `compute` itself for plain tensors, which saves a second dispatch.
+
+    Fakes, traced and wrapped tensors, and active modes have further keys, and take the long way.
+    """
+    if keys.raw_repr() & _BELOW_AUTOGRAD_BITS in _PLAIN:
+        return compute(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & _BELOW_AUTOGRAD, *inputs)
 
 
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError("neighborhood attention has no second derivative; differentiate once, without create_graph=True")
+class _Attention(torch.autograd.Function):
+    """The forward operator in a graph. `torch.library.register_autograd` would do, at 10 us more for each call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        keys, arguments = inputs[6], inputs[7]
+        output: tuple[Tensor, Tensor] = _below_autograd(forward, _forward, keys, (*inputs[:6], *arguments))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.arguments = arguments
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        grad_output, grad_lse = gradients
+        *operands, output, lse = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        needed = ctx.needs_input_grad
+        needs_rpb_grad = operands[3] is not None and needed[3]
+        found = backward(*operands, output, lse, grad_output, grad_lse, needs_rpb_grad, *ctx.arguments)
+        return (*(g if needed[i] else None for i, g in enumerate(found)), None, None)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward operator in a graph: it can be part of one, but not be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *inputs: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = _below_autograd(backward, _backward, keys, inputs)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "neighborhood attention has no second derivative; differentiate once, without create_graph=True"
+        )
+
+
+def _forward_autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[:6]):
+        return _Attention.apply(*inputs[:6], keys, inputs[6:])
+    return _below_autograd(forward, _forward, keys, inputs)
+
+
+def _backward_autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[:10]):
+        return _Gradient.apply(keys, *inputs)
+    return _below_autograd(backward, _backward, keys, inputs)
 
 
 def _autocast(device: str) -> None:
@@ -211,9 +254,9 @@ def _autocast(device: str) -> None:
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
+_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("fastna::forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastna::backward", _backward_fake, lib=_library)
-torch.library.register_autograd("fastna::forward", _differentiate, setup_context=_keep, lib=_library)
-torch.library.register_autograd("fastna::backward", _refuse, lib=_library)
 for _device in ("cpu", "cuda"):
     _autocast(_device)

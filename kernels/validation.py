@@ -66,20 +66,23 @@ def _per_axis(name: str, value: Any, rank: int, kind: type, called: str) -> list
 def scale_of(scale: float | None, query: Tensor) -> float:
     """`scale`, or `head_dim ** -0.5` where it is None."""
     if scale is None:
-        return float(max(query.shape[-1], 1) ** -0.5)
+        return max(query.size(-1), 1) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale={scale!r} must be a float, or None for head_dim ** -0.5, not {type(scale).__name__}")
     return float(scale)
 
 
-def require_tensors(**operands: Tensor | None) -> None:
-    """That every operand given is a dense Tensor."""
-    for name, tensor in operands.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
+_STRIDED = torch.strided
+OPERANDS = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+
+
+def require_tensors(*operands: Tensor | None) -> None:
+    """That every operand given, in the order of `OPERANDS`, is a dense Tensor."""
+    for tensor in operands:
+        if tensor is not None and getattr(tensor, "layout", None) is not _STRIDED:
+            name = next(name for name, other in zip(OPERANDS, operands, strict=True) if other is tensor)
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a Tensor, not {type(tensor).__name__}")
             raise TypeError(
                 f"{name} has layout {tensor.layout}; only dense (torch.strided) tensors are taken: call "
                 f"{name}.to_dense()"

@@ -8,13 +8,15 @@ problem and set of strides; a call only writes the pointers over a copy of those
     packed = FLASH_FORWARD.pack(geometry=pack_geometry(problem), query=pack_tensor(query.stride(), problem.rank), ...)
     set_pointers = FLASH_FORWARD.pointers()
     kernel.launch(grid, shared_bytes, set_pointers(packed, *map(address, (query, key, ..., rpb))))
+
+`kernels.cuda.bound.launch` does the last line, with all worked out beforehand that depends on no address.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -114,31 +116,15 @@ class Struct:
             buffer[offset : offset + len(packed)] = packed
         return bytes(buffer)
 
-    def pointers(self, *names: str) -> Callable[..., bytes]:
-        """A function `(packed, *addresses) -> bytes` that gives a copy with the addresses of the named pointers in it.
+    def pointers(self, *names: str) -> Pointers:
+        """The named pointers, or all, in order of declaration: where calls write addresses.
 
-        A name may be dotted: `"query.data"`. Without names it takes all pointers, in order of declaration. This is
-        all that a call does to its arguments, so it is one packing of the addresses and the bytes between them.
+        A name may be dotted: `"query.data"`. Raises ValueError for names in another order.
         """
-        names = names or self._all_pointers()
-        places = sorted((self.offsets[name], index) for index, name in enumerate(names))
-        starts = [0, *(offset + POINTER.size for offset, _ in places)]
-        ends = [*(offset for offset, _ in places), self.size]
-        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
-        order = [index for _, index in places]
-        pack = struct.Struct("<" + "Q".join(f"{length}s" for length in lengths)).pack
-
-        @functools.lru_cache(maxsize=4096)
-        def stretches(packed: bytes) -> list[bytes]:
-            return [packed[start:end] for start, end in zip(starts, ends, strict=True)]
-
-        def set_pointers(packed: bytes, *addresses: int) -> bytes:
-            values: list[Any] = [None] * (2 * len(order) + 1)
-            values[::2] = stretches(packed)
-            values[1::2] = [addresses[index] for index in order]
-            return pack(*values)
-
-        return set_pointers
+        offsets = [self.offsets[name] for name in names or self._all_pointers()]
+        if offsets != sorted(offsets):
+            raise ValueError(f"{self.name} declares {names} in another order")
+        return Pointers(offsets, self.size)
 
     def _all_pointers(self) -> tuple[str, ...]:
         names: list[str] = []
@@ -148,6 +134,32 @@ class Struct:
             elif kind is POINTER:
                 names.append(name)
         return tuple(names)
+
+
+class Pointers:
+    """The places in a struct where calls write addresses.
+
+    `pointers(packed, *addresses)` are the bytes `packed` with addresses written over them. That is all that a call does
+    to its arguments, so it is one packing, `pointers.pack(*values)`, of addresses and the stretches of bytes between
+    them: `values` is `pointers.template(packed)` with addresses at its odd places.
+    """
+
+    def __init__(self, offsets: Sequence[int], size: int) -> None:
+        self._starts = [0, *(offset + POINTER.size for offset in offsets)]
+        self._ends = [*offsets, size]
+        lengths = [end - start for start, end in zip(self._starts, self._ends, strict=True)]
+        self.pack = struct.Struct("<" + "Q".join(f"{length}s" for length in lengths)).pack
+        self.template = functools.lru_cache(maxsize=4096)(self._template)
+
+    def _template(self, packed: bytes) -> list[Any]:
+        values: list[Any] = [0] * (2 * len(self._starts) - 1)
+        values[::2] = [packed[start:end] for start, end in zip(self._starts, self._ends, strict=True)]
+        return values
+
+    def __call__(self, packed: bytes, *addresses: int) -> bytes:
+        values = self.template(packed).copy()
+        values[1::2] = addresses
+        return self.pack(*values)
 
 
 def _align(offset: int, alignment: int) -> int:

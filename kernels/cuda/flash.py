@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kernels.backend import Gradients, Operands
-from kernels.cuda import flash_launch
+from kernels.backend import BoundForward, Gradients, Operands
+from kernels.cuda import bound, flash_launch
 from kernels.cuda.arguments import address, aligned, alignment
 from kernels.cuda.flash_plan import (
     arithmetic_of,
@@ -43,16 +43,32 @@ def why_not(problem: Problem) -> str | None:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     """Output and lse of a problem that `why_not` accepts."""
-    query, key, value = operands.query, operands.key, operands.value
+    return bind_forward(problem, operands)(*operands.tensors)
+
+
+def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
+    """See kernels.backend.bind_forward."""
     additional = operands.additional_keys, operands.additional_values
-    inputs = _present(query, key, value, *additional)
-    output = query.new_empty((*query.shape[:-1], problem.value_dim))
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    launch = flash_launch.forward_launch(problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed())
-    addresses = _addresses(query, key, value, *additional, output, lse, rpb)
-    launch.run(query.device, flash_launch.set_forward(launch.packed, *addresses))
-    return output, lse
+    inputs = _present(operands.query, operands.key, operands.value, *additional)
+    strides = tuple(t.stride() for t in inputs)
+    planned = flash_launch.forward_launch(problem, strides, alignment(*inputs), tf32_allowed())
+    launch = planned.bind(problem.device, flash_launch.set_forward)
+    new_output, new_lse = bound.new_results(problem)
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rpb = None if rpb is None else rpb.contiguous()
+        output, lse = new_output(), new_lse()
+        launch(*map(address, (query, key, value, additional_keys, additional_values, output, lse, rpb)))
+        return output, lse
+
+    return call
 
 
 def backward(

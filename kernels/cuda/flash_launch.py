@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from kernels.cuda import runtime
-from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda import bound, runtime
+from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Pointers, Struct, pack_geometry, pack_tensor
 from kernels.cuda.flash_plan import (
     Plan,
     arithmetic_of,
@@ -101,6 +101,10 @@ class Launch:
     packed: bytes
     chunks: int = 1
     """Partial sums that the host adds up, where the kernel leaves some."""
+
+    def bind(self, device: torch.device, pointers: Pointers) -> Callable[..., None]:
+        """A function of the addresses that `pointers` names."""
+        return bound.launch(self.plan.source, device, self.grid, self.plan.shared_bytes, pointers, self.packed)
 
     def run(self, device: torch.device, arguments: bytes) -> None:
         runtime.kernel(self.plan.source, device).launch(self.grid, self.plan.shared_bytes, arguments)

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kernels.backend import Gradients, Operands
+from kernels.backend import BoundBackward, BoundForward, Gradients, Operands, bind_backward, bind_forward
 from kernels.cuda import block, flash, hopper, hopper_backward, runtime, strip, strip_backward
 from kernels.problem import Problem
 
@@ -31,10 +31,7 @@ class Fused:
         return runtime.why_not_here(problem) or flash.why_not(problem)
 
     def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-        for family in forward_families(problem):
-            if _takes(family, problem, operands):
-                return family.forward(problem, operands)
-        raise AssertionError("flash takes any strides")
+        return self.bind_forward(problem, operands)(*operands.tensors)
 
     def backward(
         self,
@@ -46,10 +43,29 @@ class Fused:
         grad_lse: Tensor | None,
         needs_rpb_grad: bool,
     ) -> Gradients:
+        others = (output, lse, grad_output, grad_lse)
+        return self.bind_backward(problem, operands, *others, needs_rpb_grad)(*operands.tensors, *others)
+
+    def bind_forward(self, problem: Problem, operands: Operands) -> BoundForward:
+        for family in forward_families(problem):
+            if _takes(family, problem, operands):
+                return bind_forward(family, problem, operands)
+        raise AssertionError("flash takes any strides")
+
+    def bind_backward(
+        self,
+        problem: Problem,
+        operands: Operands,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+        needs_rpb_grad: bool,
+    ) -> BoundBackward:
         for family in backward_families(problem):
             why_not_gradient = getattr(family, "why_not_gradient", None)
             if why_not_gradient is None or why_not_gradient(operands, grad_output) is None:
-                return family.backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
+                return bind_backward(family, problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
         raise AssertionError("flash takes any strides")
 
 

@@ -19,6 +19,7 @@ from typing import Protocol
 
 import torch
 
+from kernels import calls
 from kernels.cuda import jit, tensor_map
 from kernels.cuda.jit import KernelSource
 from kernels.errors import (
@@ -217,9 +218,11 @@ def use_runtime(device_type: str, runtime: Runtime) -> Iterator[None]:
     """Within the block, `runtime` serves devices of this type. For tests."""
     previous = _runtimes.get(device_type)
     _runtimes[device_type] = runtime
+    calls.forget()
     try:
         yield
     finally:
+        calls.forget()
         if previous is None:
             del _runtimes[device_type]
         else:

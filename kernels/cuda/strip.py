@@ -13,9 +13,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import Operands
-from kernels.cuda import runtime
-from kernels.cuda.arguments import GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor, why_not_near
+from kernels.backend import BoundForward, Operands
+from kernels.cuda import bound, runtime
+from kernels.cuda.arguments import (
+    GEOMETRY,
+    INT,
+    POINTER,
+    TENSOR,
+    Struct,
+    address,
+    pack_geometry,
+    pack_tensor,
+    why_not_near,
+)
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -41,7 +51,7 @@ STRIP_FORWARD = Struct(
     tiles=INT,
     strips=INT,
 )
-_set_pointers = STRIP_FORWARD.pointers("query.data", "key.data", "value.data", "output.data", "lse", "rpb")
+_set_pointers = STRIP_FORWARD.pointers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,38 +102,36 @@ def why_not(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem that `why_not` accepts."""
-    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-    plan, packed = _prepared(problem, query.stride(), key.stride(), value.stride())
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    arguments = _set_pointers(
-        packed,
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        output.data_ptr(),
-        lse.data_ptr(),
-        0 if rpb is None else rpb.data_ptr(),
-    )
-    runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
-    return output, lse
+    """Output and lse of a problem and tensors that `why_not` and `why_not_operands` accept."""
+    return bind_forward(problem, operands)(*operands.tensors)
+
+
+def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
+    """See kernels.backend.bind_forward."""
+    strides = (operands.query.stride(), operands.key.stride(), operands.value.stride())
+    plan, packed = _prepared(problem, *strides)
+    launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
+    new_output, new_lse = bound.new_results(problem)
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: None,
+        additional_values: None,
+    ) -> tuple[Tensor, Tensor]:
+        rpb = None if rpb is None else rpb.contiguous()
+        output, lse = new_output(), new_lse()
+        launch(*map(address, (query, key, value, output, lse, rpb)))
+        return output, lse
+
+    return call
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
     """Why the addresses and strides of the tensors do not suit the kernel, in one sentence; None if they do."""
     return why_not_near(query=operands.query, key=operands.key, value=operands.value)
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    elements = 16 // tensor.element_size()
-    return tensor.data_ptr() % 16 == 0 and all(stride % elements == 0 for stride in tensor.stride()[:-1])
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """The tensor itself if every token starts at a multiple of 16 bytes, as 16-byte copies need; otherwise a copy."""
-    return tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 @functools.lru_cache(maxsize=1024)

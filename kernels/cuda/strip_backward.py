@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.backend import Gradients, Operands
-from kernels.cuda import runtime
+from kernels.backend import BoundBackward, Gradients, Operands
+from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import (
     FLOAT,
     GEOMETRY,
@@ -25,13 +25,15 @@ from kernels.cuda.arguments import (
     POINTER,
     TENSOR,
     Struct,
+    address,
+    aligned,
     pack_geometry,
     pack_tensor,
     why_not_near,
 )
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE, aligned
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.problem import Axis, Problem
 
 MAX_WINDOW = (9, 8)
@@ -155,31 +157,49 @@ def backward(
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
 ) -> Gradients:
-    """Gradients of a problem that `why_not` accepts. The same call gives the same bits."""
-    query, key, value = aligned(operands.query), aligned(operands.key), aligned(operands.value)
-    output, grad_output = aligned(output), aligned(grad_output)
-    grad_query, grad_key, grad_value = (
-        torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3)
-    )
+    """Gradients of a problem and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
+    others = (output, lse, grad_output, grad_lse)
+    return bind_backward(problem, operands, *others, needs_rpb_grad)(*operands.tensors, *others)
+
+
+def bind_backward(
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> BoundBackward:
+    """See kernels.backend.bind_backward."""
     needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
-    plan, packed = _prepared(
-        problem, needs_rpb_grad, query.stride(), key.stride(), value.stride(), output.stride(), grad_output.stride()
-    )
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    lse = lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    parts = None
-    if needs_rpb_grad:
-        shape = (plan.grid // problem.heads, *problem.rpb_shape)
-        parts = torch.empty(shape, dtype=torch.float32, device=query.device)
-    arguments = _set_pointers(
-        packed,
-        *(tensor.data_ptr() for tensor in (query, key, value, output, grad_output, grad_query, grad_key, grad_value)),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (lse, grad_lse, rpb, parts)),
-    )
-    runtime.kernel(plan.source, query.device).launch(plan.grid, plan.shared_bytes, arguments)
-    grad_rpb = None if parts is None else parts.sum(0).to(problem.rpb_dtype)
-    return Gradients(grad_query, grad_key, grad_value, grad_rpb)
+    read = (operands.query, operands.key, operands.value, aligned(output.contiguous()), grad_output)
+    plan, packed = _prepared(problem, needs_rpb_grad, *(tensor.stride() for tensor in read))
+    launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
+    new_gradients = bound.new_gradients(problem)
+    new_parts = bound.new((plan.grid // problem.heads, *problem.rpb_shape), torch.float32, problem.device)
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: None,
+        additional_values: None,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        output, lse = aligned(output.contiguous()), lse.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        rpb = None if rpb is None else rpb.contiguous()
+        gradients = new_gradients()
+        parts = new_parts() if needs_rpb_grad else None
+        launch(*map(address, (query, key, value, output, grad_output, *gradients, lse, grad_lse, rpb, parts)))
+        return Gradients(*gradients, rpb=None if parts is None else parts.sum(0).to(problem.rpb_dtype))
+
+    return call
 
 
 @functools.lru_cache(maxsize=1024)

@@ -59,12 +59,14 @@ def test_pointers_are_written_over_a_copy():
     two = Struct("TensorsForATest", query=TENSOR, count=INT, rpb=POINTER)
     del Struct.registered[two.name]
     packed = two.pack(query=pack_tensor((8, 4, 2), 1), count=3)
-    filled = two.pointers("rpb", "query.data")(packed, 0x1234, 2**48 - 1)
+    filled = two.pointers("query.data", "rpb")(packed, 2**48 - 1, 0x1234)
     assert struct.unpack_from("<Q", filled, two.offsets["rpb"]) == (0x1234,)
     assert struct.unpack_from("<Q", filled, two.offsets["query.data"]) == (2**48 - 1,)
     assert packed == two.pack(query=pack_tensor((8, 4, 2), 1), count=3)
     assert struct.unpack_from("<i", filled, two.offsets["count"]) == (3,)
     assert two.pointers()(packed, 2**48 - 1, 0x1234) == filled, "all pointers, in the order of their declaration"
+    with pytest.raises(ValueError, match="in another order"):
+        two.pointers("rpb", "query.data")
 
 
 def test_a_field_that_is_unknown_missing_or_of_another_size_is_named():
