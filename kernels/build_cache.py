@@ -38,22 +38,30 @@ def build_once(path: Path, build: Callable[[], tuple[bytes, str]]) -> tuple[str,
 
     Whichever process comes first builds them, under a lock. Returns the log, and whether the file was there already.
     """
-    log = path.with_suffix(".log")
-    if path.exists():  # the log is written first, so both are there
-        return log.read_text(), True
+    if (log := _log_of(path)) is not None:
+        return log, True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                return log.read_text(), True
+            if (log := _log_of(path)) is not None:
+                return log, True
             binary, text = build()
-            _write_atomically(log, text.encode())
+            _write_atomically(path.with_suffix(".log"), f"{text}\n{len(binary)}".encode())
             _write_atomically(path, binary)
     except OSError as error:
         raise KernelError(
             f"cannot write the kernel cache {path.parent}: {error}; set FASTNA_CACHE_DIR to a writable one"
         ) from error
     return text, False
+
+
+def _log_of(path: Path) -> str | None:
+    """The log, where the file is there as it was written: its size ends the log. A full disk or a crash may cut it."""
+    try:
+        log, _, size = path.with_suffix(".log").read_text().rpartition("\n")
+        return log if path.stat().st_size == int(size) else None
+    except (OSError, ValueError):
+        return None
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

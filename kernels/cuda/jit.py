@@ -184,9 +184,10 @@ def compile_kernel(source: KernelSource, architecture: str) -> Compiled:
 
 def _run_nvrtc(source: KernelSource, text: str, headers: dict[str, str], options: tuple[str, ...]) -> tuple[bytes, str]:
     nvrtc = _nvrtc()
-    included = [(content.encode(), name.encode()) for name, content in headers.items()]
+    names = tuple(name.encode() for name in headers)
+    contents = tuple(content.encode() for content in headers.values())
     began = time.thread_time()
-    program = nvrtc.createProgram(text, f"{source.function}.cu", *zip(*included, strict=True))
+    program = nvrtc.createProgram(text, f"{source.function}.cu", contents, names)
     try:
         try:
             nvrtc.compileProgram(program, options)

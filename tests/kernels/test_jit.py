@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.build_cache import cache_directory
 from kernels.cuda import jit, runtime
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.errors import CompilationError, KernelError, MissingComponentError, UnsupportedDeviceError
@@ -73,6 +74,33 @@ def test_the_cache_answers_the_second_time(roots):
     first = jit.compile_kernel(SOURCE, "sm_80")
     again = jit.compile_kernel(SOURCE, "sm_80")
     assert (again.path, again.log, again.cached) == (first.path, first.log, True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no log", "cut log"])
+def test_a_damaged_cache_is_built_again(roots, damage):
+    first = jit.compile_kernel(SOURCE, "sm_80")
+    binary, log = first.path.read_bytes(), first.path.with_suffix(".log")
+    if damage == "no log":
+        log.unlink()
+    elif damage == "cut log":
+        log.write_text(log.read_text()[:-1])
+    else:
+        first.path.write_bytes(binary[:100] if damage == "cut" else b"")
+    again = jit.compile_kernel(SOURCE, "sm_80")
+    assert not again.cached
+    assert again.path.read_bytes()[:4] == b"\x7fELF"
+    assert jit.compile_kernel(SOURCE, "sm_80").log == again.log
+
+
+def test_without_a_home_the_cache_is_still_somewhere(roots, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "FASTNA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert cache_directory().is_absolute()
+
+
+def test_a_header_that_is_not_there_is_named(roots):
+    with pytest.raises(CompilationError, match=r'cannot open source file "absent\.cuh"'):
+        jit.compile_kernel(KernelSource("absent.cuh", "scale", "", "ScaleArguments", 64), "sm_80")
 
 
 def test_everything_that_decides_the_result_is_in_the_key(roots, monkeypatch):
