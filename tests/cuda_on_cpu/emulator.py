@@ -259,7 +259,8 @@ class _Mapping:
 def guarded_empty(shape: Sequence[int], dtype: torch.dtype, at: str = "end") -> torch.Tensor:
     """A contiguous tensor of NaN bytes, before (`at="end"`) or behind (`"start"`) a page whose access ends a launch.
 
-    Its start is aligned to 16 bytes: up to 15 bytes between its end and the page stay unwatched.
+    Its start is aligned to 16 bytes: in the up to 15 bytes between its end and the page only writes are noticed, by the
+    next launch to end. What is read there is NaN.
     """
     count = int(torch.Size(shape).numel())
     if count == 0:

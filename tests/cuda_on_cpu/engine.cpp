@@ -110,6 +110,15 @@ uint32_t this_lane_bit() { return 1u << (emulator_current.thread % WARP); }
 
 #include "race_check.h"
 
+// Bytes between a guarded tensor and the end of its pages, which its alignment leaves unprotected: by the tensor's address, first and last.
+std::map<const void*, std::pair<const unsigned char*, const unsigned char*>> margins;
+
+void check_margins() {
+  for (const auto& [tensor, margin] : margins)
+    for (const unsigned char* p = margin.first; p < margin.second; ++p)
+      if (*p != POISON) emulator_fail("the tensor at %p was written %lld bytes behind its end", tensor, static_cast<long long>(p - margin.first));
+}
+
 // Of hopper_engine.h, below.
 bool land_a_box();
 void work_ahead();
@@ -672,6 +681,7 @@ const char* emulator_launch(const char* name, void (*entry)(const void*), const 
   if (sigsetjmp(escape, 1) == 0) {
     const bool reversed = random_below(2);
     for (unsigned i = 0; i < grid; ++i) run_block(reversed ? grid - 1 - i : i);
+    check_margins();
   } else {
     result = message;
   }
@@ -689,12 +699,15 @@ void* emulator_guarded(unsigned long long bytes, bool at_end) {
   unsigned char* mapping = map_pages(pages + 2 * PAGE, PROT_NONE);
   if (pages) mprotect(mapping + PAGE, pages, PROT_READ | PROT_WRITE);
   memset(mapping + PAGE, POISON, pages);
-  return mapping + PAGE + (at_end ? (pages - bytes) / 16 * 16 : 0);
+  unsigned char* memory = mapping + PAGE + (at_end ? (pages - bytes) / 16 * 16 : 0);
+  margins[memory] = {memory + bytes, at_end ? mapping + PAGE + pages : memory + std::min<uint64_t>(bytes + 64, pages)};
+  return memory;
 }
 
 void emulator_release(void* memory, unsigned long long bytes) {
   const uint64_t pages = (bytes + PAGE - 1) / PAGE * PAGE;
   const auto address = reinterpret_cast<uintptr_t>(memory) / PAGE * PAGE;
+  margins.erase(memory);
   munmap(reinterpret_cast<void*>(address - PAGE), pages + 2 * PAGE);
 }
 

@@ -68,6 +68,13 @@ def test_reading_before_a_tensor_is_noticed():
         run_probe("global_probe", floats(1), source, count=-1)
 
 
+@pytest.mark.parametrize("at", ["start", "end"])
+def test_writing_just_behind_a_tensor_is_noticed(at):
+    run_probe("global_write_probe", guarded_empty((13,), torch.float32, at), count=12)
+    with pytest.raises(EmulationError, match="was written 0 bytes behind its end"):
+        run_probe("global_write_probe", guarded_empty((13,), torch.float32, at), count=13)
+
+
 def test_a_kernel_that_does_not_end_is_stopped(monkeypatch):
     monkeypatch.setattr("emulator.TIME_LIMIT", 1)
     with pytest.raises(EmulationError, match="time limit"):
