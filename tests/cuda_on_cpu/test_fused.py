@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from emulator import EmulatorRuntime
+from emulator import EmulatorRuntime, guarded, guarded_allocations
 
 from kernels import neighborhood_attention
 from kernels.cuda import block, flash, fused, strip, strip_backward
@@ -57,3 +57,31 @@ def test_operator_and_autograd(
 
     for actual, expected in zip(run("fused", dtype), run("reference", torch.float64), strict=True):
         assert (actual.double() - expected).norm() / expected.norm() < tolerance
+
+
+@pytest.mark.parametrize("backend", ["naive", "gemm", "fused"])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_expanded_and_unaligned_operands_beside_guard_pages(
+    emulator: EmulatorRuntime, backend: str, offset: int
+) -> None:
+    """Strides of zero along batch, heads and space; rows that start at odd elements. Nothing outside is touched."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        padded = torch.randn((*shape[:-1], shape[-1] + offset), generator=generator).half()
+        return guarded(padded, at="start" if offset else "end")[..., offset:]
+
+    leaves = [normal(1, 14, 14, 2, 32), normal(2, 14, 14, 1, 32), normal(2, 14, 1, 2, 32)]
+    grad = normal(1, 1, 14, 2, 32).expand(2, 14, 14, 2, 32)
+
+    def run(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        operands = [leaf.expand(2, 14, 14, 2, 32) for leaf in inputs]
+        output = neighborhood_attention(*operands, 7, dilation=2, backend=backend)
+        return [output, *torch.autograd.grad(output, inputs, grad.to(dtype))]
+
+    expected = run("reference", torch.float64)
+    with guarded_allocations():
+        actual = run(backend, torch.float16)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.double() - e).norm() <= 4e-3 * e.norm()
