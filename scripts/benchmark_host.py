@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.device import describe, results_folder
 from kernels import calls, na2d, operators
 from kernels.cuda import bound, fused, runtime
-from kernels.cuda.runtime import Attributes, DeviceProperties
+from kernels.cuda.dry import DryRuntime
 from kernels.validation import describe as describe_problem
 
 CALLS = 200  # of a group: fewer than a GPU's queue of launches holds
@@ -42,28 +42,6 @@ CASES = (
 
 _floor = torch.library.Library("fastna_host_floor", "DEF")
 _floor.define(f"forward({operators._OPERANDS}, {operators._ARGUMENTS}) -> (Tensor, Tensor)")
-
-
-class NoKernel:
-    """Takes a launch and does nothing."""
-
-    attributes = Attributes(registers=0, local_bytes=0)
-
-    def launch(self, grid: int, shared_bytes: int, arguments: bytes, stream: int | None = None) -> None:
-        pass
-
-
-class NoLaunches:
-    """A runtime of CPU tensors like a large Hopper device, but for the work."""
-
-    def kernel(self, source: object, device: torch.device) -> NoKernel:
-        return NoKernel()
-
-    def properties(self, device: torch.device) -> DeviceProperties:
-        return DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
-
-    def why_not(self, device: torch.device) -> None:
-        return None
 
 
 def microseconds(call: Callable[[], object], device: torch.device, groups: int) -> float:
@@ -174,7 +152,7 @@ def serving(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         yield
     else:
-        with runtime.use_runtime(device.type, NoLaunches()):
+        with runtime.use_runtime(device.type, DryRuntime()):
             yield
 
 

@@ -8,10 +8,14 @@ python3 scripts/sanitize.py --selection            the calls alone, under no too
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import neighborhood_attention
-from kernels.cuda.jit import ENTRY_POINT
+from kernels.cuda import runtime
+from kernels.cuda.dry import sources_of
+from kernels.cuda.jit import ENTRY_POINT, KernelSource
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("naive", "gemm", "fused")
@@ -35,48 +41,61 @@ CALLS = (
 FINDINGS = 99  # exit code of a tool that found something
 
 
-def run_selection() -> None:
-    """Every call of every backend and type, forward and backward, with bias and additional keys."""
-    generator = torch.Generator("cuda").manual_seed(0)
+def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Every call of every backend and type, forward and backward, with bias and additional keys: name and results."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_()
+        return torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_()
 
-    for backend in BACKENDS:
-        for dtype in DTYPES:
-            for space, window, dilation, stride, causal in CALLS:
-                for extra in (0, 3):
-                    qkv = [normal(2, *space, 2, 32, dtype=dtype) for _ in range(3)]
-                    rpb = normal(2, *(2 * k - 1 for k in window), dtype=dtype)
-                    more = [normal(2, extra, 2, 32, dtype=dtype) for _ in range(2)] if extra else [None, None]
-                    output, lse = neighborhood_attention(
-                        *qkv,
-                        window,
-                        dilation=dilation,
-                        stride=stride,
-                        is_causal=causal,
-                        rpb=rpb,
-                        additional_keys=more[0],
-                        additional_values=more[1],
-                        return_lse=True,
-                        backend=backend,
-                    )
-                    (output.float().square().sum() + lse.sum()).backward()
-                    results = [output, lse, *(t.grad for t in (*qkv, rpb, *more) if t is not None)]
-                    if not all(bool(t.isfinite().all()) for t in results):
-                        raise SystemExit(f"{backend}, {dtype}, space {space}: a result is not finite")
+    for backend, dtype, call, extra in itertools.product(BACKENDS, DTYPES, CALLS, (0, 3)):
+        space, window, dilation, stride, causal = call
+        qkv = [normal(2, *space, 2, 32, dtype=dtype) for _ in range(3)]
+        rpb = normal(2, *(2 * k - 1 for k in window), dtype=dtype)
+        more = [normal(2, extra, 2, 32, dtype=dtype) for _ in range(2)] if extra else [None, None]
+        output, lse = neighborhood_attention(
+            *qkv,
+            window,
+            dilation=dilation,
+            stride=stride,
+            is_causal=causal,
+            rpb=rpb,
+            additional_keys=more[0],
+            additional_values=more[1],
+            return_lse=True,
+            backend=backend,
+        )
+        (output.float().square().sum() + lse.sum()).backward()
+        gradients = [t.grad for t in (*qkv, rpb, *more) if t is not None]
+        yield f"{backend}, {dtype}, space {space}", [output, lse, *gradients]
+
+
+def kernels_of_selection(device: torch.device) -> list[KernelSource]:
+    """What the selection takes on `device`, found without running it."""
+    return sources_of(lambda: deque(selection(torch.device("cpu")), maxlen=0), runtime.properties(device))
+
+
+def run_selection() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    runtime.prepare(kernels_of_selection(device), device)  # side by side; from the cache under the tools
+    for name, results in selection(device):
+        if not all(bool(t.isfinite().all()) for t in results):
+            raise SystemExit(f"{name}: a result is not finite")
     torch.cuda.synchronize()
 
 
-def sanitize(tool: str) -> int:
-    """Exit code of one tool over the selection: 0 where it finds nothing."""
+def sanitize(tool: str) -> tuple[int, str]:
+    """Exit code of one tool over the selection, 0 where it finds nothing, and what it printed."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FINDINGS), "--print-limit", "20"]
     if tool != "initcheck":  # which has to see PyTorch's kernels write what ours read
         command += ["--kernel-name", f"kns={ENTRY_POINT}"]
     command += [sys.executable, __file__, "--selection"]
     # Without PyTorch's cache every tensor is an allocation of its own, so that a read past its end is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTNA_LINEINFO": "1"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    done = subprocess.run(
+        command, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return done.returncode, done.stdout
 
 
 def main() -> int:
@@ -97,10 +116,14 @@ def main() -> int:
         return 2
     print("compiling the kernels first, under no tool", flush=True)
     subprocess.run([sys.executable, __file__, "--selection"], env=os.environ | {"FASTNA_LINEINFO": "1"}, check=True)
-    codes = {tool: sanitize(tool) for tool in options.tool or TOOLS}
-    for tool, code in codes.items():
+    tools = options.tool or TOOLS
+    with ThreadPoolExecutor() as pool:  # side by side: a tool leaves the GPU idle most of the time
+        answers = dict(zip(tools, pool.map(sanitize, tools), strict=True))
+    for tool, (_, printed) in answers.items():
+        print(f"===== {tool}\n{printed}")
+    for tool, (code, _) in answers.items():
         print(f"{tool}: {'clean' if code == 0 else 'found something' if code == FINDINGS else f'failed with {code}'}")
-    return max(codes.values())
+    return max(code for code, _ in answers.values())
 
 
 if __name__ == "__main__":

@@ -14,9 +14,20 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 TF32_TOLERANCE = 1e-3
 
 
+MAPS = 3
+
+
+@dataclass(frozen=True)
+class Map:
+    """What tiles are chosen by, and with them some kernels."""
+
+    space: tuple[int, ...]
+    additional: int
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """What a kernel may be compiled for. Lengths, batch, heads and strides vary inside one."""
+    """What kernels are compiled for. Batch, heads, scale and strides vary inside one, and cost no compilation."""
 
     dtype: torch.dtype
     window: tuple[int, ...]
@@ -27,6 +38,7 @@ class Configuration:
     value_dim: int
     rpb: torch.dtype | None
     tf32: bool
+    maps: tuple[Map, ...]
 
 
 @dataclass
@@ -60,21 +72,27 @@ def random_configuration(rng: random.Random) -> Configuration:
     value_dim = head_dim if rng.random() < 0.8 else step * rng.randint(1, 128 // step)
     rpb = rng.choice((None, dtype, torch.float32))
     tf32 = dtype == torch.float32 and rng.random() < 0.3
-    return Configuration(dtype, window, dilation, stride, causal, head_dim, value_dim, rpb, tf32)
+    maps = tuple(random_map(rng, window, dilation) for _ in range(MAPS))
+    return Configuration(dtype, window, dilation, stride, causal, head_dim, value_dim, rpb, tf32, maps)
 
 
-def random_call(rng: random.Random, configuration: Configuration, device: torch.device) -> Call:
-    c = configuration
-    budget = {1: 200, 2: 30, 3: 12}[len(c.window)]
+def random_map(rng: random.Random, window: tuple[int, ...], dilation: tuple[int, ...]) -> Map:
+    budget = {1: 200, 2: 30, 3: 12}[len(window)]
     # A third of the axes are dense (window * dilation = length), where a kernel may do without masks.
     space = tuple(
         k * d if rng.random() < 0.33 else rng.randint(k * d, max(k * d, budget))
-        for k, d in zip(c.window, c.dilation, strict=True)
+        for k, d in zip(window, dilation, strict=True)
     )
+    return Map(space, rng.choice((0, 0, 0, 1, 5, 17)))
+
+
+def random_call(rng: random.Random, configuration: Configuration, which: int, device: torch.device) -> Call:
+    """A call on map number `which` of the configuration."""
+    c = configuration
+    space, additional = c.maps[which % MAPS].space, c.maps[which % MAPS].additional
     batch = rng.randint(1, 3)
     key_heads = rng.randint(1, 3)
     heads = key_heads * rng.choice((1, 1, 1, 2, 3))
-    additional = rng.choice((0, 0, 0, 1, 5, 17))
     generator = torch.Generator(device).manual_seed(rng.getrandbits(32))
 
     def normal(*shape: int, dtype: torch.dtype = c.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +18,17 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 CASES = json.loads((GOLDEN / "na_vectors.json").read_text())
 
 
-@pytest.mark.parametrize("backend", ["naive", "gemm", "fused"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("index", range(len(CASES)))
-def test_golden_vectors(cuda, index, dtype, backend):
-    """Inputs by seed, answers from tests/golden."""
-    case = CASES[index]
+BACKENDS = ("naive", "gemm", "fused")
+NAMES = ("out", "lse", "dq", "dk", "dv", "drpb")
+
+
+def answers(case: dict[str, Any], dtype: torch.dtype, backend: str, device: torch.device) -> dict[str, Tensor]:
+    """Output, lse and all gradients by the names they have in the file; the inputs are made by seed."""
     rng = np.random.RandomState(case["seed"])
     shape = (case["batch"], *case["shape"], case["heads"], case["dim"])
 
     def normal(shape: tuple[int, ...]) -> Tensor:
-        return torch.from_numpy(rng.standard_normal(shape)).to(cuda, dtype)
+        return torch.from_numpy(rng.standard_normal(shape)).to(device, dtype)
 
     query, key, value, grad_output = (normal(shape) for _ in range(4))
     operands = [query, key, value]
@@ -45,9 +46,16 @@ def test_golden_vectors(cuda, index, dtype, backend):
         return_lse=True,
         backend=backend,
     )
-    results = [output, lse, *torch.autograd.grad(output, operands, grad_output)]
+    return dict(zip(NAMES, [output, lse, *torch.autograd.grad(output, operands, grad_output)], strict=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_golden_vectors(cuda, index, dtype, backend):
+    results = answers(CASES[index], dtype, backend, cuda)
     with np.load(GOLDEN / "na_vectors.npz") as vectors:
-        for name, result in zip(("out", "lse", "dq", "dk", "dv", "drpb"), results, strict=False):
+        for name, result in results.items():
             expected = torch.from_numpy(vectors[f"{index}/{name}"]).double()
             error = (result.detach().cpu().double() - expected).norm() / expected.norm()
             # The inputs are rounded too: that alone moves the answer by up to the tolerance.
