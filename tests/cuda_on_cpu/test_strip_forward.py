@@ -136,11 +136,15 @@ def test_shared_key_heads_and_wide_heads(emulator: EmulatorRuntime) -> None:
     assert_forward(problem, make_operands(problem))
 
 
-def test_misaligned_views_are_served(emulator: EmulatorRuntime) -> None:
+def test_misaligned_views_are_left_to_others() -> None:
     problem = make_problem((8, 9), (5, 5), rpb_dtype=None)
     operands = make_operands(problem)
     shifted = torch.empty(operands.query.numel() + 1, dtype=problem.dtype)[1:].view_as(operands.query)
-    assert_forward(problem, dataclasses.replace(operands, query=shifted.copy_(operands.query)))
+    assert strip.why_not_operands(problem, operands) is None
+    reason = strip.why_not_operands(problem, dataclasses.replace(operands, query=shifted))
+    assert reason is not None
+    assert "query at address" in reason
+    assert "not aligned to 16 bytes" in reason
 
 
 def test_same_bits_twice(emulator: EmulatorRuntime) -> None:
