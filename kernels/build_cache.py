@@ -46,8 +46,8 @@ def build_once(path: Path, build: Callable[[], tuple[bytes, str]]) -> tuple[str,
             if (log := _log_of(path)) is not None:
                 return log, True
             binary, text = build()
-            _write_atomically(path.with_suffix(".log"), f"{text}\n{len(binary)}".encode())
-            _write_atomically(path, binary)
+            write_atomically(path.with_suffix(".log"), f"{text}\n{len(binary)}".encode())
+            write_atomically(path, binary)
     except OSError as error:
         raise KernelError(
             f"cannot write the kernel cache {path.parent}: {error}; set FASTNA_CACHE_DIR to a writable one"
@@ -64,7 +64,8 @@ def _log_of(path: Path) -> str | None:
         return None
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes aside and renames into place: a reader sees the old file or the new one, whole."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     aside.write_bytes(content)
     os.replace(aside, path)

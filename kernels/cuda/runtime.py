@@ -12,7 +12,7 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,6 +41,8 @@ class DeviceProperties:
     multiprocessors: int
     shared_memory: int
     """Bytes of shared memory that one block may have."""
+    name: str = ""
+    """As its maker calls it; empty for what is no product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Kernel(Protocol):
 
 
 class Runtime(Protocol):
+    """What serves devices of one type. It may also have a `timer(device)`, see the function of that name."""
+
     def kernel(self, source: KernelSource, device: torch.device) -> Kernel: ...
     def prepare(self, sources: Iterable[KernelSource], device: torch.device) -> None: ...
     def properties(self, device: torch.device) -> DeviceProperties: ...
@@ -187,7 +191,38 @@ class CudaRuntime:
     def why_not(self, device: torch.device) -> str | None:
         return _why_not_cuda(device)
 
+    def timer(self, device: torch.device) -> Timer | None:
+        """None while a CUDA graph is captured."""
+        return None if torch.cuda.is_current_stream_capturing() else functools.partial(_seconds, device)
+
     encode_tensor_map = staticmethod(tensor_map.encode)
+
+
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
+"""Seconds of the device per call, of each of several launches."""
+
+TIMED_ROUNDS = 5
+TIMED_LAUNCHES = 10
+HEAD_START_CYCLES = 500_000  # in which the host enqueues the launches of a round, so that none waits for it
+
+
+def _seconds(device: torch.device, launches: Sequence[Callable[[], object]]) -> list[float]:
+    """The best of several rounds, all launches in turn in each, so that a drift of the clock hits all alike."""
+    best = [float("inf")] * len(launches)
+    with torch.cuda.device(device):
+        for launch in launches:
+            launch()
+        for _ in range(TIMED_ROUNDS):
+            for index, launch in enumerate(launches):
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(HEAD_START_CYCLES)
+                begin.record()
+                for _ in range(TIMED_LAUNCHES):
+                    launch()
+                end.record()
+                end.synchronize()
+                best[index] = min(best[index], begin.elapsed_time(end) / 1e3 / TIMED_LAUNCHES)
+    return best
 
 
 @functools.cache
@@ -197,6 +232,7 @@ def cuda_properties(device: torch.device) -> DeviceProperties:
         capability=(properties.major, properties.minor),
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        name=properties.name,
     )
 
 
@@ -253,6 +289,12 @@ def prepare(sources: Iterable[KernelSource], device: torch.device) -> None:
 def properties(device: torch.device) -> DeviceProperties:
     """What the hardware offers a block."""
     return _serving(device).properties(device)
+
+
+def timer(device: torch.device) -> Timer | None:
+    """What times launches on `device` now; None where time says nothing, or now is no time for it."""
+    find = getattr(_serving(device), "timer", None)
+    return None if find is None else find(device)
 
 
 def encode_tensor_map(

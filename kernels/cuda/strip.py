@@ -7,14 +7,15 @@ src/strip_forward.cuh. This serves the sliding layers of every published NAT and
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.backend import BoundForward, Operands
-from kernels.cuda import bound, runtime
+from kernels.cuda import bound, runtime, tuning
 from kernels.cuda.arguments import (
     GEOMETRY,
     INT,
@@ -109,9 +110,21 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     """See kernels.backend.bind_forward."""
     strides = (operands.query.stride(), operands.key.stride(), operands.value.stride())
-    plan, packed = _prepared(problem, *strides)
-    launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
     new_output, new_lse = bound.new_results(problem)
+
+    def launch_of(tile: Tile) -> Callable[..., None]:
+        plan, packed = _prepared(problem, tile, *strides)
+        return bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
+
+    def start(tile: Tile) -> Callable[[], object]:
+        query, key, value, rpb = operands.query, operands.key, operands.value, operands.rpb
+        read = query, key, value, new_output(), new_lse(), None if rpb is None else rpb.contiguous()
+        launch = launch_of(tile)
+        return lambda: launch(*map(address, read))
+
+    candidates = candidate_tiles(problem, runtime.properties(problem.device).shared_memory)
+    tile = tuning.choose(_tuned_as(problem), candidates, problem.device, lambda tile: plan(problem, tile).source, start)
+    launch = launch_of(tile)
 
     def call(
         query: Tensor,
@@ -136,9 +149,9 @@ def why_not_operands(problem: Problem, operands: Operands) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _prepared(
-    problem: Problem, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
+    problem: Problem, tile: Tile, query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]
 ) -> tuple[Plan, bytes]:
-    chosen = plan(problem, choose_tile(problem, runtime.properties(problem.device).shared_memory))
+    chosen = plan(problem, tile)
     height, width = problem.space
     token = problem.heads * problem.head_dim
     packed = STRIP_FORWARD.pack(
@@ -168,6 +181,28 @@ def choose_tile(problem: Problem, shared_memory: int) -> Tile:
             if resident * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
                 return tile
     return tile
+
+
+def candidate_tiles(problem: Problem, shared_memory: int) -> list[Tile]:
+    """`choose_tile`'s, and others that have been the fastest on some map: fewer rows are loaded twice in two blocks."""
+    guess = choose_tile(problem, shared_memory)
+    rows, columns = _longest_map(problem)
+    tiles = [guess]
+    if rows > QUERY_ROWS:
+        tiles += [replace(guess, row_blocks=2), replace(guess, row_blocks=2, columns=min(16, _round_up(columns, 2)))]
+    fitting = [tile for tile in tiles if _shared_bytes(problem, tile) <= shared_memory]
+    return list(dict.fromkeys([guess, *fitting]))
+
+
+def _tuned_as(problem: Problem) -> str:
+    """What the best tile depends on, sizes of the batch to a factor of two."""
+    (height, width), (rows, columns) = problem.space, problem.window
+    maps = math.prod(problem.dilation) * problem.batch * problem.heads
+    bias = f"{problem.rpb_dtype} bias" if problem.has_rpb else "no bias"
+    return (
+        f"strip_forward: {height} x {width}, window {rows} x {columns}, dilation {problem.dilation}, "
+        f"head_dim {problem.head_dim}, {problem.dtype}, {bias}, 2^{round(math.log2(maps))} maps"
+    ).replace("torch.", "")
 
 
 def plan(problem: Problem, tile: Tile) -> Plan:
@@ -253,7 +288,7 @@ def representative_sources() -> Iterable[KernelSource]:
     from kernels.problem import Axis
 
     def source(
-        length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True
+        length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True, candidate: int = 0
     ) -> KernelSource:
         problem = Problem(
             batch=1,
@@ -267,11 +302,13 @@ def representative_sources() -> Iterable[KernelSource]:
             device=torch.device("cuda"),
             rpb_dtype=torch.float32 if rpb else None,
         )
-        return plan(problem, choose_tile(problem, 227 << 10)).source
+        return plan(problem, candidate_tiles(problem, 227 << 10)[candidate]).source
 
     for length in (56, 28, 14):
         yield source(length, torch.bfloat16)
+        yield source(length, torch.bfloat16, candidate=1)
     yield source(28, torch.float16)
     yield source(14, torch.bfloat16, head_dim=64)
+    yield source(14, torch.bfloat16, head_dim=64, candidate=1)
     yield source(56, torch.bfloat16, rpb=False)
     yield source(28, torch.bfloat16, window=5)
