@@ -18,6 +18,7 @@ MODULES = {
     "fused": "kernels.cuda.fused",
     "gemm": "kernels.cuda.gemm",
     "naive": "kernels.cuda.naive",
+    "native": "kernels.cpu.native",
     "tiled": "kernels.tiled",
     "reference": "kernels.reference",
 }
@@ -75,6 +76,10 @@ def choose(problem: Problem, name: str | None) -> Backend:
         fused = load("fused")
         if fused.why_not(problem) is None:
             return fused
+    if problem.device.type == "cpu":
+        native = load("native")
+        if native.why_not(problem) is None:
+            return native
     return load("tiled")
 
 
