@@ -22,3 +22,4 @@ int run(const fastna::Arguments* a) {
 extern "C" int fastna_forward(const fastna::Arguments* a) { return run<fastna::Forward>(a); }
 extern "C" int fastna_backward(const fastna::Arguments* a) { return run<fastna::Backward>(a); }
 extern "C" int fastna_arguments_size() { return sizeof(fastna::Arguments); }
+extern "C" int fastna_wide() { return fastna::WIDE; }

@@ -71,22 +71,20 @@ struct Backward : Task<LANES> {
     }
     for (int q = 0; q < QUERIES; q++) {
       const Window& window = windows[q];
-      add_bias<LANES>(window, bias ? bias + at.relative[q] : nullptr, scores[q]);
-      if (a.additional) add_bias<LANES>(extra_window, nullptr, extra[q]);
-      exponentiate(scores[q], extra[q] + this->extra_width, at.lse[q] * LOG2_E);
-      differentiate<LANES>(window, scores[q], delta[q], ds[q]);
+      const float lse = at.lse[q] * LOG2_E;
+      differentiate<LANES>(window, bias ? bias + at.relative[q] : nullptr, lse, delta[q], scores[q], ds[q]);
       if (head_grad_bias) add_to_bias<LANES>(window, ds[q], head_grad_bias + at.relative[q]);
       weighted<false>(key_vectors, window, ds[q], sum);
-      spread(grad_key, window, ds[q], query[q]);
-      spread(grad_value, window, scores[q], direction[q]);
       if (a.additional) {
-        differentiate<LANES>(extra_window, extra[q], delta[q], extra_ds[q]);
+        differentiate<LANES>(extra_window, nullptr, lse, delta[q], extra[q], extra_ds[q]);
         weighted<true>(extra_key_vectors, extra_window, extra_ds[q], sum);
-        spread(grad_extra_key, extra_window, extra_ds[q], query[q]);
-        spread(grad_extra_value, extra_window, extra[q], direction[q]);
+        spread(grad_extra_key, {extra_window}, {extra_ds[q]}, {query[q]});
+        spread(grad_extra_value, {extra_window}, {extra[q]}, {direction[q]});
       }
       scaled_copy(sum, a.head_dim, a.scale, at.grad_query[q]);
     }
+    spread(grad_key, windows, ds, query);
+    spread(grad_value, windows, scores, direction);
   }
 
   void run() {

@@ -19,18 +19,8 @@ from kernels.errors import CompilationError, KernelError, MissingComponentError
 SOURCE = Path(__file__).parent / "attention.cpp"
 # The loops are vectorised by hand, so the compiler's own attempt at scattered statements only costs registers. NaN and
 # infinity keep their meaning: no -ffast-math.
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-tree-slp-vectorize",
-    "-Wno-psabi",
-]
+LANGUAGE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+FLOATS = ("-fno-math-errno", "-fno-trapping-math", "-fno-tree-slp-vectorize")
 
 
 def compiler() -> list[str]:
@@ -54,7 +44,7 @@ def library() -> ctypes.CDLL:
     """
     if sys.platform != "linux":
         raise MissingComponentError(f"it is compiled on Linux only, and this is {sys.platform}")
-    command = [*compiler(), *FLAGS]
+    command = [*compiler(), *LANGUAGE, *FLOATS]
     text = [path.read_text() for path in sorted(SOURCE.parent.glob("*.h"))] + [SOURCE.read_text()]
     path = cache_directory() / "cpu" / f"{digest(*text, *command, _version(command[0]), _processor())}.so"
     build_once(path, lambda: _compile(command))
@@ -71,8 +61,8 @@ def why_not_here() -> str | None:
     try:
         library()
     except KernelError as error:
-        lines = str(error).strip().splitlines()
-        return f"{lines[0].rstrip('.:')}."
+        said = str(error).strip().splitlines()[0].rstrip(".:")
+        return f"{said[0].upper()}{said[1:]}."
     return None
 
 

@@ -41,7 +41,7 @@ struct Forward : Task<LANES> {
     for (int q = 0; q < QUERIES; q++) {
       float largest = add_bias<LANES>(windows[q], bias ? bias + relative[q] : nullptr, scores[q]);
       if (a.additional) largest = std::max(largest, add_bias<LANES>(extra_window, nullptr, extra[q]));
-      const float total = exponentiate(scores[q], extra[q] + this->extra_width, largest);
+      const float total = exponentiate<LANES>(scores[q], extra[q] + this->extra_width, largest);
       weighted<false>(values, windows[q], scores[q], sum);
       if (a.additional) weighted<true>(extra_values, extra_window, extra[q], sum);
       scaled_copy(sum, a.value_dim, 1 / total, output[q]);

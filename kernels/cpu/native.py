@@ -117,7 +117,9 @@ def _plan(problem: Problem, threads: int, chunked: bool) -> Arguments:
 
 def _arguments(problem: Problem, operands: Operands, chunked: bool) -> tuple[Arguments, list[Tensor]]:
     """Arguments with the operands in, and tensors that must live as long as they are used."""
-    call = Arguments.from_buffer_copy(_plan(problem, torch.get_num_threads(), chunked))
+    plan = _plan(problem, torch.get_num_threads(), chunked)
+    call = Arguments.from_buffer_copy(plan)
+    call.plan = plan  # whose tables the copy points to
     tensors = [operands.query.float(), operands.key.float(), operands.value.float()]
     for name, tensor in zip(("query", "key", "value"), tensors, strict=True):
         call.tensor(name, tensor, problem.rank)
@@ -149,8 +151,7 @@ class Native:
             return f"It runs on a CPU; the tensors are on {problem.device}."
         if problem.dtype == torch.float64:
             return "It computes in float32; the tensors are float64."
-        reason = build.why_not_here()
-        return reason and reason[0].upper() + reason[1:]
+        return build.why_not_here()
 
     def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
         call, tensors = _arguments(problem, operands, chunked=True)

@@ -98,17 +98,16 @@ inline float add_bias(const Window& window, const float* bias, float* scores) {
   return largest_of<LANES>(largest);
 }
 
-// scores = 2^(scores - subtracted) up to `end`; the memory reaches to a multiple of WIDE. Returns their sum.
-inline float exponentiate(float* scores, float* end, float subtracted) {
-  const int64_t count = round_up(end - scores, WIDE);
-  std::fill(end, scores + count, -INFINITE);
-  Floats<WIDE> total{};
-  for (int64_t i = 0; i < count; i += WIDE) {
-    const Floats<WIDE> weights = exp2_of<WIDE>(load<WIDE>(scores + i) - subtracted);
-    store(scores + i, weights);
+// scores = 2^(scores - subtracted) up to `end`. Returns their sum.
+template <int LANES>
+inline float exponentiate(float* scores, const float* end, float subtracted) {
+  Floats<LANES> total{};
+  for (; scores < end; scores += LANES) {
+    const Floats<LANES> weights = exp2_of<LANES>(load<LANES>(scores) - subtracted);
+    store(scores, weights);
     total += weights;
   }
-  return sum_of<WIDE>(total);
+  return sum_of<LANES>(total);
 }
 
 template <int PARTS, bool ADD>
@@ -153,14 +152,19 @@ inline float dot(const float* a, const float* b, int count) {
   return total;
 }
 
-// gradients = weights * (gradients - delta) for the window's own scores, zero for the others
+// weights = 2^(scores + bias - lse), in the place of the scores; gradients = weights * (gradients - delta). Zero for scores
+// that are not the window's own. `bias` as in `add_bias`.
 template <int LANES>
-inline void differentiate(const Window& window, const float* weights, float delta, float* gradients) {
+inline void differentiate(const Window& window, const float* bias, float lse, float delta, float* scores, float* gradients) {
   for (int from = 0; from < window.width; from += LANES) {
     const Ints<LANES> own = lanes_between<LANES>(window.first - from, window.first + window.columns - from);
     for (int r = 0; r < window.count; r++) {
       const int64_t at = int64_t(r) * window.width + from;
-      const Floats<LANES> gradient = load<LANES>(weights + at) * (load<LANES>(gradients + at) - delta);
+      Floats<LANES> score = load<LANES>(scores + at);
+      if (bias) score += load<LANES>(bias + window.rows[r].bias + from - window.first);
+      const Floats<LANES> weight = exp2_of<LANES>(score - lse);
+      const Floats<LANES> gradient = weight * (load<LANES>(gradients + at) - delta);
+      store(scores + at, own ? weight : Floats<LANES>{});
       store(gradients + at, own ? gradient : Floats<LANES>{});
     }
   }
@@ -176,21 +180,42 @@ inline void add_to_bias(const Window& window, const float* gradients, float* bia
   }
 }
 
-// vector += weight * addend for every vector of the window
-inline void spread(const Vectors& vectors, const Window& window, const float* weights, const float* addend) {
+template <int QUERIES>
+inline void spread_columns(const Vectors& vectors, const Window& window, int first, int last,
+                           const float* const (&weights)[QUERIES], const float* const (&addends)[QUERIES]) {
   const int64_t pitch = vectors.pitch();
-  for (int from = 0; from < pitch; from += 2 * WIDE) {
-    const bool two = from + WIDE < pitch;
-    const Floats<WIDE> low = load<WIDE>(addend + from), high = two ? load<WIDE>(addend + from + WIDE) : low;
-    const float* weight = weights + window.first;
-    for (int r = 0; r < window.count; r++, weight += window.width) {
-      float* vector = vectors.vector(window.rows[r].row, window.column + window.first) + from;
-      for (int k = 0; k < window.columns; k++, vector += pitch) {
-        store(vector, load<WIDE>(vector) + weight[k] * low);
-        if (two) store(vector + WIDE, load<WIDE>(vector + WIDE) + weight[k] * high);
+  for (int from = 0; from < pitch; from += WIDE) {
+    Floats<WIDE> addend[QUERIES];
+    for (int q = 0; q < QUERIES; q++) addend[q] = load<WIDE>(addends[q] + from);
+    for (int r = 0; r < window.count; r++) {
+      float* vector = vectors.vector(window.rows[r].row, window.column + first) + from;
+      const int64_t at = int64_t(r) * window.width;
+      for (int k = first; k < last; k++, vector += pitch) {
+        Floats<WIDE> sum = load<WIDE>(vector);
+        FASTNA_UNROLL
+        for (int q = 0; q < QUERIES; q++) sum += weights[q][at + k] * addend[q];
+        store(vector, sum);
       }
     }
   }
+}
+
+// vector += weight * addend for every vector of the window
+inline void spread(const Vectors& vectors, const Window (&windows)[1], const float* const (&weights)[1],
+                   const float* const (&addends)[1]) {
+  const Window& window = windows[0];
+  spread_columns<1>(vectors, window, window.first, window.first + window.columns, weights, addends);
+}
+
+// The same for two windows that start together, each vector of both written once.
+inline void spread(const Vectors& vectors, const Window (&windows)[2], const float* const (&weights)[2],
+                   const float* const (&addends)[2]) {
+  const int first = windows[1].first;
+  const int ends[2] = {windows[0].columns, first + windows[1].columns};
+  const int shared = std::max(std::min(ends[0], ends[1]), first);
+  spread_columns<1>(vectors, windows[0], 0, std::min(first, ends[0]), {weights[0]}, {addends[0]});
+  spread_columns<2>(vectors, windows[0], first, shared, weights, addends);
+  for (int q = 0; q < 2; q++) spread_columns<1>(vectors, windows[q], shared, ends[q], {weights[q]}, {addends[q]});
 }
 
 }  // namespace fastna

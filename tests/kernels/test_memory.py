@@ -15,7 +15,7 @@ def peak_bytes(batch: int, side: int, heads: int, backward: bool) -> tuple[int, 
     leaves = [torch.randn(batch, side, side, heads, 32, requires_grad=backward) for _ in range(3)]
     grad_output = torch.ones_like(leaves[0])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        output: Tensor = na2d(*leaves, 7)
+        output: Tensor = na2d(*leaves, 7, backend="tiled")
         if backward:
             output.backward(grad_output)
     total = peak = 0
