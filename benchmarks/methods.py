@@ -173,12 +173,13 @@ METHODS: dict[str, Callable[[Case, Inputs, bool], Prepared]] = {
     "fused": _ours("fused"),
     "gemm": _ours("gemm"),
     "naive": _ours("naive"),
+    "native": _ours("native"),
     "tiled": _ours("tiled"),
     "flex": _flex,
     "dense": _dense,
     "natten": _natten,
 }
-BACKENDS = ("fused", "gemm", "naive", "tiled")
+BACKENDS = ("fused", "gemm", "naive", "native", "tiled")
 
 
 def sampled_error(case: Case, inputs: Inputs, output: Tensor, samples: int = 64) -> float:

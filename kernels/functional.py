@@ -103,7 +103,7 @@ def neighborhood_attention(
         additional_keys: `[batch, n, key_heads, head_dim]`, seen by every query besides its window, without bias.
         additional_values: `[batch, n, key_heads, value_dim]`.
         return_lse: also return the logsumexp of each query's scores (see `merge_attentions`). Differentiable.
-        backend: one of fused, gemm, naive, tiled, reference; None for the fastest that serves (see `explain`).
+        backend: one of fused, gemm, naive, native, tiled, reference; None for the fastest that serves (see `explain`).
 
     Returns:
         `[batch, *space, heads, value_dim]` in the query's dtype; with `return_lse` also lse `[batch, *space, heads]`,

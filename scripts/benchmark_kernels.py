@@ -74,7 +74,7 @@ def main() -> None:
     device = torch.device(options.device)
     console = Console()
     methods = options.methods or (
-        ["fused", "gemm", "naive", "flex", "dense", "natten"] if device.type == "cuda" else ["tiled", "dense"]
+        ["fused", "gemm", "naive", "flex", "dense", "natten"] if device.type == "cuda" else ["native", "tiled", "dense"]
     )
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = options.output or results_folder(device)

@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
         "--models", nargs="+", help="timm names (default: the paper's models, and three others for context)"
     )
     parser.add_argument("--mode", nargs="+", choices=("inference", "training"), default=["inference"])
-    parser.add_argument("--backends", nargs="+", default=["fused", "gemm", "naive"] if cuda else ["tiled"])
+    parser.add_argument("--backends", nargs="+", default=["fused", "gemm", "naive"] if cuda else ["native", "tiled"])
     parser.add_argument(
         "--precision", nargs="+", choices=sorted(models.DTYPES), default=["bfloat16"] if cuda else ["float32"]
     )

@@ -20,7 +20,8 @@ from kernels.errors import CompilationError
 from kernels.problem import Axis
 
 pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="`native` wants a C++ compiler, and there is none here"
+    not any(map(shutil.which, ("g++", "clang++", "c++"))),
+    reason="`native` wants a C++ compiler, and there is none here",
 )
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -43,6 +44,7 @@ def test_equals_reference(call: Call, cache: int, dtype: torch.dtype) -> None:
 
 
 WINDOWS = {"stride": (1, 1), "is_causal": (False, False)}
+LONG = {"kernel_size": (301,), "dilation": (1,), "stride": (64,), "is_causal": (True,)}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ WINDOWS = {"stride": (1, 1), "is_causal": (False, False)}
         Call(2, (56, 10), 2, 1, 32, 32, True, 0, None, 0, WINDOWS | {"kernel_size": (7, 7), "dilation": (1, 1)}),
         Call(1, (20, 40), 1, 2, 64, 48, True, 5, None, 1, WINDOWS | {"kernel_size": (9, 19), "dilation": (2, 2)}),
         Call(1, (14, 34), 2, 1, 20, 132, False, 17, None, 2, WINDOWS | {"kernel_size": (11, 8), "dilation": (1, 3)}),
-        Call(1, (600,), 1, 1, 256, 16, True, 0, 0.1, 3, {"kernel_size": (301,), "dilation": (1,), "stride": (64,), "is_causal": (True,)}),
+        Call(1, (600,), 1, 1, 256, 16, True, 0, 0.1, 3, LONG),
     ],
     ids=["nat", "grouped heads", "wide values", "long"],
 )  # fmt: skip
@@ -67,7 +69,8 @@ def test_packed_qkv_and_the_same_bits_twice() -> None:
         qkv.grad = rpb.grad = None
         output = na2d(*qkv.unbind(3), 5, rpb=rpb, backend="native")
         output.sum().backward()
-        assert qkv.grad is not None and rpb.grad is not None
+        assert qkv.grad is not None
+        assert rpb.grad is not None
         return [output, qkv.grad, rpb.grad]
 
     first = attend()
@@ -95,7 +98,7 @@ def test_nan_reaches_its_window_and_no_further(position: int) -> None:
 
 def test_arguments_are_laid_out_as_the_compiler_does() -> None:
     assert build.library().fastna_arguments_size() == ctypes.sizeof(native.Arguments)
-    assert native.PADDING == build.library().fastna_wide()
+    assert build.library().fastna_wide() == native.PADDING
 
 
 @pytest.fixture
