@@ -1,4 +1,4 @@
-"""Argument structs of the kernels, packed as a C++ compiler lays them out.
+"""Argument structs of the kernels, packed as a C++ compiler lays them out; what tensors and settings mean to a kernel.
 
 A kernel takes one struct by value. `Struct` names its fields in the order of the C++ declaration; offsets follow from
 natural alignment, and a test compares every registered struct with `offsetof` and `sizeof`. Packing is done once per
@@ -243,3 +243,8 @@ def why_not_near(**tensors: Tensor) -> str | None:
         if sum(space) + channels >= MAP_LIMIT or batch >= TENSOR_LIMIT:
             return f"{where} has tokens of a map {MAP_LIMIT} elements apart, or maps {TENSOR_LIMIT}"
     return None
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch lets float32 products round their operands to TF32; its older switches set the same value."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

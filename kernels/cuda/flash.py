@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.backend import BoundForward, Gradients, Operands
 from kernels.cuda import bound, flash_launch
-from kernels.cuda.arguments import address, aligned, alignment
+from kernels.cuda.arguments import address, aligned, alignment, allows_tf32
 from kernels.cuda.flash_plan import (
     arithmetic_of,
     key_gradient_passes,
@@ -51,7 +51,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     additional = operands.additional_keys, operands.additional_values
     inputs = _present(operands.query, operands.key, operands.value, *additional)
     strides = tuple(t.stride() for t in inputs)
-    planned = flash_launch.forward_launch(problem, strides, alignment(*inputs), tf32_allowed())
+    planned = flash_launch.forward_launch(problem, strides, alignment(*inputs), allows_tf32())
     launch = planned.bind(problem.device, flash_launch.set_forward)
     new_output, new_lse = bound.new_results(problem)
 
@@ -88,7 +88,7 @@ def backward(
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
     device = query.device
     inputs = _present(query, key, value, extra_keys, extra_values, grad_output)
-    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed()
+    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), allows_tf32()
 
     grad_query, grad_rpb, delta = query_gradient(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
     grad_key, grad_value = (t.new_empty(t.shape) for t in (key, value))
@@ -122,7 +122,7 @@ def query_gradient(
     additional = operands.additional_keys, operands.additional_values
     rpb = None if rpb is None else rpb.contiguous()
     inputs = _present(query, key, value, *additional, grad_output)
-    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), tf32_allowed()
+    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), allows_tf32()
     delta, grad_query = torch.empty_like(lse), query.new_empty(query.shape)
     launch = flash_launch.query_gradient_launch(*layout, needs_rpb_grad and rpb is not None)
     partials = None
@@ -162,11 +162,6 @@ def sources(problem: Problem, allow_tf32: bool = False) -> Iterable[KernelSource
         yield plan_key_gradient(problem, arithmetic, 16, grad_key, grad_value, False).source
         if problem.additional:
             yield plan_key_gradient(problem, arithmetic, 16, grad_key, grad_value, True).source
-
-
-def tf32_allowed() -> bool:
-    """Whether PyTorch lets float32 products round their operands to TF32; its older switches set the same value."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from kernels.cuda.arguments import (
     TENSOR,
     Struct,
     address,
+    allows_tf32,
     pack_tensor,
     padded_axes,
 )
@@ -99,11 +100,6 @@ _set_inverse = INVERSE.pointers()
 
 _Strides = tuple[int, ...]
 _Plan = tuple[KernelSource, int, int, bytes]  # kernel, grid, shared memory, arguments without pointers
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch's setting lets float32 products be rounded to TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @lru_cache(maxsize=1024)

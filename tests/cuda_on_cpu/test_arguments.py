@@ -13,7 +13,18 @@ from emulator import ROOTS
 from probes import PROBE
 
 import kernels.cuda
-from kernels.cuda.arguments import AXIS, FLOAT, GEOMETRY, INT, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import (
+    AXIS,
+    FLOAT,
+    GEOMETRY,
+    INT,
+    POINTER,
+    TENSOR,
+    Struct,
+    allows_tf32,
+    pack_geometry,
+    pack_tensor,
+)
 from kernels.problem import Axis, Problem
 
 for module in pkgutil.iter_modules(kernels.cuda.__path__):  # each registers its own structs
@@ -78,6 +89,25 @@ def test_a_field_that_is_unknown_missing_or_of_another_size_is_named():
         PROBE.pack(count=2**31)
     with pytest.raises(TypeError, match=r"Geometry\.axis takes 60 bytes, not 40"):
         GEOMETRY.pack(axis=[b"\0" * AXIS.size] * 2, batch=1, heads=1, key_heads=1, additional=0, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "allow",
+    [
+        lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: torch.set_float32_matmul_precision("high"),
+    ],
+    ids=["fp32_precision", "allow_tf32", "set_float32_matmul_precision"],
+)
+def test_tf32_is_allowed_by_any_spelling(allow):
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert not allows_tf32()
+        allow()
+        assert allows_tf32()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_padding_follows_natural_alignment():
