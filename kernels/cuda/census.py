@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,10 @@ QUICK_ARCHITECTURES = ("sm_80", "sm_90a")
 SERIALISED = tuple(
     f"C75{n:02}" for n in range(8, 16)
 )  # ptxas: wgmma waits after every instruction, for one reason or another
+
+
+Item = tuple[str, KernelSource, str]
+"""Family, kernel, architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +64,29 @@ def few_of_each(sources: Iterable[KernelSource]) -> list[KernelSource]:
     return list(dict.fromkeys(chosen for group in by_kernel.values() for chosen in (group[0], group[-1])))
 
 
-def compile_all(architectures: Sequence[str] = ARCHITECTURES, quick: bool = False, only: str = "") -> Iterator[Entry]:
-    """Compiles side by side; yields in order. `only` keeps kernels with that text in family or name.
-
-    Raises CompilationError for the first that does not compile.
-    """
-    work = [
+def work(architectures: Sequence[str] = ARCHITECTURES, quick: bool = False, only: str = "") -> list[Item]:
+    """What there is to compile. `only` keeps kernels with that text in family or name."""
+    return [
         (family, source, architecture)
         for family, (sources, served) in families().items()
         for source in (few_of_each(sources) if quick else sources)
         for architecture in architectures
         if architecture in served and only in f"{family} {source.name}"
     ]
+
+
+def compile_all(items: Sequence[Item], seconds: float = float("inf")) -> Iterator[Entry]:
+    """Compiles side by side; yields in order. After so many `seconds` no other item is begun, nor yielded.
+
+    Raises CompilationError for the first that does not compile.
+    """
+    deadline = time.monotonic() + seconds
+
+    def compiled(item: Item) -> Compiled | None:
+        _, source, architecture = item
+        return None if time.monotonic() > deadline else jit.compile_kernel(source, architecture)
+
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = pool.map(lambda item: jit.compile_kernel(item[1], item[2]), work)
-        for (family, source, architecture), compiled in zip(work, results, strict=True):
-            yield Entry(family, source, architecture, compiled)
+        for (family, source, architecture), result in zip(items, pool.map(compiled, items), strict=True):
+            if result is not None:
+                yield Entry(family, source, architecture, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_the_script_prints_a_row_per_kernel_and_architecture():
     command = [sys.executable, str(SCRIPT), "--quick", "--only", family]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    count = len(list(census.compile_all(census.QUICK_ARCHITECTURES, quick=True, only=family)))
+    count = len(census.work(census.QUICK_ARCHITECTURES, quick=True, only=family))
     assert f"{count} kernels, 0 with a defect" in done.stdout
 
 
@@ -52,3 +53,25 @@ def test_few_of_each_keeps_first_and_last():
         KernelSource("x.cuh", "y", "", "X", 32)
     ]
     assert [source.name for source in census.few_of_each(sources)] == ["x<0>", "x<4>", "y"]
+
+
+def test_a_record_is_brought_up_to_date_and_a_run_that_stopped_goes_on(tmp_path):
+    family = sorted(census.families())[0]
+    path = tmp_path / "kernels.jsonl"
+    items = census.work(["sm_90a"], only=family)
+    gone = {"family": family, "kernel": "gone<1>", "architecture": "sm_80", "threads": 32}
+    kept = {"family": family, "kernel": items[0][1].name, "architecture": "sm_80", "threads": items[0][1].threads}
+    path.write_text(f"{json.dumps(gone)}\n{json.dumps(kept)}\n")
+    command = [sys.executable, str(SCRIPT), "--only", family, "--architecture", "sm_90a", "--record", str(path)]
+    stopped = subprocess.run([*command, "--seconds", "0"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert stopped.returncode == 1
+    assert f"{len(items)} kernels were not compiled" in stopped.stdout
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [kept]
+    done = subprocess.run([*command, "--quick"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept in rows
+    quick = census.work(["sm_90a"], quick=True, only=family)
+    fresh = {(row["kernel"], row["architecture"]) for row in rows if row != kept}
+    assert fresh == {(source.name, architecture) for _, source, architecture in quick}
+    assert all(row["registers"] > 0 and row["defect"] is None for row in rows if row != kept)

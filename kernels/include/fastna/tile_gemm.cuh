@@ -187,24 +187,29 @@ struct ExactFloat {
   static FASTNA_DEVICE void multiply(float (&d)[DT][4], const float (&p)[NT][4], const float* columns) {
     constexpr int PITCH = tile_pitch<float>(CHANNELS);
     const int lane = lane_index();
+    constexpr int UNROLLED = DT < 32 ? 2 : 1;
     const float* column = columns + (lane & 3) * 4;
     FASTNA_UNROLL
     for (int j = 0; j < NT; ++j) {
-      FASTNA_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        const int owner = (lane & ~3) | (i >> 1);
-        const float p0 = shuffle(p[j][i & 1], owner), p1 = shuffle(p[j][2 + (i & 1)], owner);
+      // The four lanes that hold a row's scores, in turn: all four unrolled take the compiler seconds.
+#pragma unroll UNROLLED
+      for (int owner = 0; owner < 4; ++owner) {
         FASTNA_UNROLL
-        for (int c = 0; c < DT; c += 2) {
-          const float4 b = *reinterpret_cast<const float4*>(column + (j * 8 + i) * PITCH + c * 8);
-          d[c][0] += p0 * b.x;
-          d[c][1] += p0 * b.y;
-          d[c + 1][0] += p0 * b.z;
-          d[c + 1][1] += p0 * b.w;
-          d[c][2] += p1 * b.x;
-          d[c][3] += p1 * b.y;
-          d[c + 1][2] += p1 * b.z;
-          d[c + 1][3] += p1 * b.w;
+        for (int i = 0; i < 2; ++i) {
+          const int from = (lane & ~3) | owner;
+          const float p0 = shuffle(p[j][i], from), p1 = shuffle(p[j][2 + i], from);
+          FASTNA_UNROLL
+          for (int c = 0; c < DT; c += 2) {
+            const float4 b = *reinterpret_cast<const float4*>(column + (j * 8 + owner * 2 + i) * PITCH + c * 8);
+            d[c][0] += p0 * b.x;
+            d[c][1] += p0 * b.y;
+            d[c + 1][0] += p0 * b.z;
+            d[c + 1][1] += p0 * b.w;
+            d[c][2] += p1 * b.x;
+            d[c][3] += p1 * b.y;
+            d[c + 1][2] += p1 * b.z;
+            d[c + 1][3] += p1 * b.w;
+          }
         }
       }
     }
