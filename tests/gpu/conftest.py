@@ -35,7 +35,7 @@ from records import Outcome, Record  # noqa: E402
 
 WORKERS = int(os.environ.get("FASTNA_GPU_WORKERS", min(os.cpu_count() or 1, 12)))
 TIME_LIMIT = float(os.environ.get("FASTNA_GPU_TIMEOUT", "180"))
-LONGEST_FIRST = ("test_models.py", "test_behaviour.py", "test_fuzz.py")
+LONGEST_FIRST = ("test_graphs.py", "test_models.py", "test_behaviour.py", "test_fuzz.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
