@@ -12,7 +12,16 @@ from torch import Tensor
 from kernels.backend import Operands
 from kernels.cuda import arguments, hopper_tiles, runtime
 from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct
-from kernels.cuda.hopper_tiles import TENSOR_MAP, Bias, Tiles, bias_of, choose_tiles, map_tensor, room_beside
+from kernels.cuda.hopper_tiles import (
+    TENSOR_MAP,
+    Bias,
+    Tiles,
+    bias_of,
+    choose_tiles,
+    map_tensor,
+    room_beside,
+    why_no_tiles,
+)
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -32,6 +41,7 @@ _set_pointers = HOPPER_FORWARD.pointers("output.data", "lse", "rpb")
 
 ARCHITECTURES = ("sm_90a",)
 STAGES = 2
+SMALL_WINDOW = 256  # keys
 
 
 def most_keys(head_dim: int) -> tuple[int, int]:
@@ -43,12 +53,20 @@ def most_keys(head_dim: int) -> tuple[int, int]:
     return 2, 80 if head_dim <= 192 else 64
 
 
+def shapes(head_dim: int, window_size: int) -> tuple[tuple[int, int, int], ...]:
+    """Warpgroups of a block, its largest box of keys, and blocks to an SM: the first that leaves room for a bias.
+
+    Few boxes per block do not fill a pipeline: blocks that hide each other's beginning and end do better there (220
+    against 258 microseconds at 13 x 13 keys, docs/kernel-log.md).
+    """
+    together = (*most_keys(head_dim), 1)
+    return ((1, 96, 3), together) if head_dim <= 64 and window_size <= SMALL_WINDOW else (together,)
+
+
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the forward pass, in one sentence; None where it does."""
     reason = hopper_tiles.why_not(problem)
-    if reason is None and problem.has_rpb and _tiles(problem) is None:
-        return f"shared memory does not hold a bias of {problem.rpb_shape[1:]} beside the keys"
-    return reason
+    return why_no_tiles(problem) if reason is None and _tiles(problem) is None else reason
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -77,10 +95,14 @@ def _shared_bytes(tiles: Tiles, head_dim: int, bias: Bias | None = None) -> int:
 
 
 def _tiles(problem: Problem) -> Tiles | None:
-    """None where a bias leaves no room for boxes of keys."""
-    groups, most = most_keys(problem.head_dim)
-    room = room_beside(bias_of(problem), problem, groups, STAGES, lambda tiles: _shared_bytes(tiles, problem.head_dim))
-    return choose_tiles(arguments.padded_axes(problem), groups, most, STAGES, room=room)
+    axes, bias = arguments.padded_axes(problem), bias_of(problem)
+    shared_bytes = functools.partial(_shared_bytes, head_dim=problem.head_dim)
+    for groups, most, resident in shapes(problem.head_dim, problem.window_size):
+        room = room_beside(bias, problem, groups, STAGES, shared_bytes, resident)
+        tiles = choose_tiles(axes, groups, most, STAGES, resident, room=room)
+        if tiles is not None:
+            return tiles
+    return None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -124,7 +146,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
 def representative_sources() -> Iterable[KernelSource]:
     """One configuration per rank and class of head_dim, for the compile check; sm_90a only."""
     flat, square, cube = (1, 1, 64), (1, 8, 8), (8, 8, 1)
-    shapes = [
+    cases = [
         (32, square, (1, 14, 8)),
         (64, square, (1, 14, 8)),
         (128, square, (1, 22, 8)),
@@ -134,7 +156,9 @@ def representative_sources() -> Iterable[KernelSource]:
         (256, square, (1, 8, 8)),
     ]
     for dtype in (torch.float16, torch.bfloat16):
-        for head_dim, queries, keys in shapes:
+        for head_dim in (32, 64):
+            yield _source(Tiles(square, (1, 1, 1), (1, 12, 8), STAGES, 3), dtype, head_dim)
+        for head_dim, queries, keys in cases:
             tiles = Tiles(queries, (1, 1, most_keys(head_dim)[0]), keys, STAGES)
             yield _source(tiles, dtype, head_dim)
             if dtype == torch.bfloat16:

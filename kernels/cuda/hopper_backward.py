@@ -18,7 +18,16 @@ from torch import Tensor
 from kernels.backend import Gradients, Operands
 from kernels.cuda import arguments, flash, hopper_tiles, runtime
 from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct, aligned
-from kernels.cuda.hopper_tiles import TENSOR_MAP, Bias, Tiles, bias_of, choose_tiles, map_tensor, room_beside
+from kernels.cuda.hopper_tiles import (
+    TENSOR_MAP,
+    Bias,
+    Tiles,
+    bias_of,
+    choose_tiles,
+    map_tensor,
+    room_beside,
+    why_no_tiles,
+)
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -103,8 +112,8 @@ def shape_of(head_dim: int, part: Part) -> Shape:
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the backward pass, in one sentence; None where it does."""
     reason = hopper_tiles.why_not(problem)
-    if reason is None and problem.has_rpb and any(_tiles(problem, part) is None for part in parts(problem)):
-        return f"shared memory does not hold a bias of {problem.rpb_shape[1:]} beside the boxes"
+    if reason is None and any(_tiles(problem, part) is None for part in parts(problem)):
+        return why_no_tiles(problem)
     return reason
 
 
@@ -157,7 +166,6 @@ def parts(problem: Problem) -> tuple[Part, ...]:
 
 
 def _tiles(problem: Problem, part: Part) -> Tiles | None:
-    """None where a bias leaves no room for boxes of columns."""
     shape, bias = shape_of(problem.head_dim, part), bias_of(problem, part.keys)
     axes, shared_bytes = (
         arguments.padded_axes(problem),
@@ -227,6 +235,19 @@ def _launch(
     runtime.kernel(source, problem.device).launch(grid, shared_bytes, _set_gradient(packed, *addresses))
 
 
+def statistics_of(
+    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
+) -> Tensor:
+    """`[batch, *space, heads, 4]` float32: lse times log2(e), delta, and two zeros."""
+    output, lse = aligned(output.contiguous()), lse.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    statistics = lse.new_empty((*lse.shape, STATISTICS), dtype=torch.float32)
+    source, grid, packed = _statistics_plan(problem, output.stride(), grad_output.stride())
+    addresses = [0 if t is None else t.data_ptr() for t in (output, grad_output, lse, grad_lse, statistics)]
+    runtime.kernel(source, problem.device).launch(grid, 0, _set_statistics(packed, *addresses))
+    return statistics
+
+
 def backward(
     problem: Problem,
     operands: Operands,
@@ -237,20 +258,15 @@ def backward(
     needs_rpb_grad: bool,
 ) -> Gradients:
     """Gradients of the operands of a problem and tensors that `why_not` and `why_not_gradient` accept."""
-    output, lse = aligned(output.contiguous()), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    statistics = lse.new_empty((*lse.shape, STATISTICS), dtype=torch.float32)
-    source, grid, packed = _statistics_plan(problem, output.stride(), grad_output.stride())
-    addresses = [0 if t is None else t.data_ptr() for t in (output, grad_output, lse, grad_lse, statistics)]
-    runtime.kernel(source, problem.device).launch(grid, 0, _set_statistics(packed, *addresses))
-
+    statistics = statistics_of(problem, output, lse, grad_output, grad_lse)
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
     grad_rpb = None
     if needs_rpb_grad:
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
         grad_query, grad_rpb, _ = flash.query_gradient(
-            problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad
+            problem, operands, aligned(output.contiguous()), lse.contiguous(), grad_output, grad_lse, needs_rpb_grad
         )
     else:
         _launch(problem, QUERY, of_queries, of_keys, statistics, rpb, (grad_query, None))

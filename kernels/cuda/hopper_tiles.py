@@ -23,6 +23,7 @@ from kernels.problem import Axis, Problem
 TENSOR_MAP = Opaque("TensorMap", tensor_map.BYTES)
 
 ROWS = 64  # of one warpgroup
+RESERVED = 1024  # bytes of shared memory that the system takes per block
 STEP_PAIRS = 12  # what a box costs besides its pairs, in columns
 SMALLEST_WINDOW = 128  # keys; below, tiles that are mostly masked cost more than the other families
 _ELEMENT_BYTES = 2
@@ -148,13 +149,26 @@ class Room:
 
 
 def room_beside(
-    bias: Bias | None, problem: Problem, groups: int, stages: int, shared_bytes: Callable[[Tiles], int]
+    bias: Bias | None,
+    problem: Problem,
+    groups: int,
+    stages: int,
+    shared_bytes: Callable[[Tiles], int],
+    resident: int = 1,
 ) -> Room | None:
-    """In a block of `groups` warpgroups; `shared_bytes` says what a kernel wants without a bias."""
+    """In a block of `groups` warpgroups, `resident` to an SM; `shared_bytes`: what a kernel wants without a bias."""
     if bias is None:
         return None
     none, sixteen = (shared_bytes(Tiles((1, 1, ROWS), (1, 1, groups), (1, 1, size), stages)) for size in (0, 16))
-    return Room(bias, runtime.properties(problem.device).shared_memory - none, (sixteen - none) // 16)
+    limit = (runtime.properties(problem.device).shared_memory + RESERVED) // resident - RESERVED
+    return Room(bias, limit - none, (sixteen - none) // 16)
+
+
+def why_no_tiles(problem: Problem) -> str:
+    """Why `choose_tiles` finds none for a problem, as it does for all others."""
+    if problem.has_rpb:
+        return f"shared memory does not hold a bias of {problem.rpb_shape[1:]} beside the boxes of tokens"
+    return f"no copy brings a box of tokens at a dilation of {problem.dilation}"
 
 
 def why_not_tensor(name: str, tensor: Tensor) -> str | None:
@@ -208,38 +222,47 @@ def choose_tiles(
     resident: int = 1,
     inverse: bool = False,
     room: Room | None = None,
+    exact: bool = False,
 ) -> Tiles | None:
     """The boxes of `groups` warpgroups and up to `most` columns that multiply the fewest pairs.
 
-    `axes` are padded to three; `inverse`: rows are keys, and columns the queries that see them. Where there is a bias,
-    `room` is for it and the boxes; None if no box of half of `most` fits beside it.
+    `axes` are padded to three; `inverse`: rows are keys, and columns the queries that see them; `exact`: boxes have
+    `most` columns. `room`, where there is a bias, is for it and the boxes. None where that or copies allow no boxes.
     """
     along = functools.cache(functools.partial(_along, inverse=inverse))
-    limits = [tensor_map.MAX_BOX // axis.dilation for axis in axes]
-    columns = [
-        box for box in _boxes(most, False, axes, 8) if all(b <= limit for b, limit in zip(box, limits, strict=True))
+    all_rows = [
+        box
+        for box in _boxes(ROWS, True, axes, 1)
+        if _one_copy(axes, box) and not any(side & (side - 1) for side in box)
     ]
+    columns: list[tuple[int, int, int]] = []
+    while not columns and most >= 16:  # a line of dilated tokens may allow no box of this size
+        columns = [box for box in _boxes(most, exact, axes, 8) if _one_copy(axes, box)]
+        most = 0 if exact else most // 2
+    if not all_rows or not columns:
+        return None
     best: tuple[float, Tiles] | None = None
     sides = range(1, groups + 1)
     arrangements = [(a, b, c) for a, b, c in itertools.product(sides, repeat=3) if a * b * c == groups]
-    for rows in _boxes(ROWS, True, axes, 1):
-        if any(side & (side - 1) for side in rows):
+    for rows, warpgroups in itertools.product(all_rows, arrangements):
+        block = [r * w for r, w in zip(rows, warpgroups, strict=True)]
+        if any(side > max(axis.length, 1) and w > 1 for side, axis, w in zip(block, axes, warpgroups, strict=True)):
             continue
-        for warpgroups in arrangements:
-            block = [r * w for r, w in zip(rows, warpgroups, strict=True)]
-            if any(side > max(axis.length, 1) and w > 1 for side, axis, w in zip(block, axes, warpgroups, strict=True)):
+        for box in columns:
+            if room is not None and not room.holds(rows, box):
                 continue
-            for box in columns:
-                if room is not None and not room.holds(rows, box):
-                    continue
-                shapes = zip(axes, rows, warpgroups, box, strict=True)
-                cost = math.prod(along(*shape) for shape in shapes) * (1 + STEP_PAIRS / math.prod(box))
-                if best is None or cost < best[0]:
-                    best = cost, Tiles(rows, warpgroups, box, stages, resident)
+            shapes = zip(axes, rows, warpgroups, box, strict=True)
+            cost = math.prod(along(*shape) for shape in shapes) * (1 + STEP_PAIRS / math.prod(box))
+            if best is None or cost < best[0]:
+                best = cost, Tiles(rows, warpgroups, box, stages, resident)
     if best is None and room is None:
-        rows = next(box for box in _boxes(ROWS, True, axes, 1) if not any(side & (side - 1) for side in box))
-        return Tiles(rows, (1, 1, groups), columns[-1], stages, resident)
+        return Tiles(all_rows[0], (1, 1, groups), columns[-1], stages, resident)
     return None if best is None else best[1]
+
+
+def _one_copy(axes: tuple[Axis, ...], box: tuple[int, int, int]) -> bool:
+    """Whether one copy brings a box, whose tokens lie `dilation` apart."""
+    return all((side - 1) * axis.dilation < tensor_map.MAX_BOX for side, axis in zip(box, axes, strict=True))
 
 
 def map_tensor(tensor: Tensor, box: tuple[int, int, int], dilation: tuple[int, ...]) -> bytes:
