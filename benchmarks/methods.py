@@ -89,6 +89,23 @@ def _ours(backend: str | None) -> Callable[[Case, Inputs, bool], Prepared]:
     return prepare
 
 
+def _nondeterministic(case: Case, inputs: Inputs, gradient: bool) -> Prepared:
+    """`fused`, where gradients need not be the same bits every time."""
+    prepared = _ours("fused")(case, inputs, gradient)
+    deterministic_backward = prepared.backward
+    if deterministic_backward is None:
+        raise Unsupported("the forward pass is that of fused")
+
+    def backward() -> object:
+        kernels.set_deterministic(False)
+        try:
+            return deterministic_backward()
+        finally:
+            kernels.set_deterministic(True)
+
+    return Prepared(prepared.forward, backward)
+
+
 def _dense(case: Case, inputs: Inputs, gradient: bool) -> Prepared:
     """PyTorch's dense attention over all tokens, its own choice of kernel: the cost that a window saves. No bias."""
     query, key, value, grad_output = (
@@ -171,6 +188,7 @@ def _natten(case: Case, inputs: Inputs, gradient: bool) -> Prepared:
 
 METHODS: dict[str, Callable[[Case, Inputs, bool], Prepared]] = {
     "fused": _ours("fused"),
+    "nondeterministic": _nondeterministic,
     "gemm": _ours("gemm"),
     "naive": _ours("naive"),
     "native": _ours("native"),

@@ -5,6 +5,7 @@ print(explain(query, key, value, kernel_size=7))                         # which
 """
 
 from kernels.decomposition import decomposed
+from kernels.determinism import is_deterministic, set_deterministic
 from kernels.functional import explain, merge_attentions, na1d, na2d, na3d, neighborhood_attention
 from kernels.modules import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 
@@ -14,9 +15,11 @@ __all__ = [
     "NeighborhoodAttention3d",
     "decomposed",
     "explain",
+    "is_deterministic",
     "merge_attentions",
     "na1d",
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "set_deterministic",
 ]

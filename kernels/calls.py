@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.determinism import is_deterministic
+
 ALIGNMENT = 16
 """Bytes: the widest copy that a kernel makes, so the most that it can ask of an address."""
 
@@ -93,7 +95,7 @@ def backward_kind_of(
         grad_output.data_ptr() % ALIGNMENT,
         None if grad_lse is None else (grad_lse.stride(), grad_lse.dtype),
         needs_rpb_grad,
-        torch.are_deterministic_algorithms_enabled(),
+        is_deterministic(),
     )
 
 

@@ -90,14 +90,20 @@ def choose(problem: Problem, name: str | None) -> Backend:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Which backend serves a call, and one sentence for each that does not; `str()` gives it as text."""
+    """Which backend serves a call, and one sentence for each that does not; `str()` gives it as text.
+
+    `deterministic`: its gradients are the same bits every time, as `set_deterministic` and PyTorch's switch are now.
+    """
 
     problem: Problem
     backend: str
     reasons: dict[str, str | None]
+    deterministic: bool
 
     def __str__(self) -> str:
         lines = [f"{self.backend} serves this call."]
+        if not self.deterministic:
+            lines.append("  The last bits of its gradients may differ from run to run: see kernels.set_deterministic.")
         for name, reason in self.reasons.items():
             if name != self.backend:
                 lines.append(f"  {name}: {reason or 'would serve it too, if named.'}")
@@ -106,5 +112,7 @@ class Explanation:
 
 def explain_problem(problem: Problem, name: str | None) -> Explanation:
     """Why `choose(problem, name)` chooses what it does."""
-    chosen = choose(problem, name).name
-    return Explanation(problem, chosen, {other: load(other).why_not(problem) for other in MODULES})
+    chosen = choose(problem, name)
+    reasons = {other: load(other).why_not(problem) for other in MODULES}
+    repeats = getattr(chosen, "repeats", None)
+    return Explanation(problem, chosen.name, reasons, repeats is None or repeats(problem))

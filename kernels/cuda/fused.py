@@ -3,7 +3,8 @@
 Families, in order; each may serve the forward pass, the backward pass, or both:
   block    dense dilation groups of few tokens: one fixed bias, no mask
   strip    small sliding 2-D windows
-  hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients)
+  hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients; hopper_joint: faster,
+           where they need not be the same bits every time)
   flash    everything
 """
 
@@ -15,11 +16,13 @@ from types import ModuleType
 from torch import Tensor
 
 from kernels.backend import BoundBackward, BoundForward, Gradients, Operands, bind_backward, bind_forward
-from kernels.cuda import block, flash, hopper, hopper_backward, runtime, strip, strip_backward
+from kernels.cuda import block, flash, hopper, hopper_backward, hopper_joint, runtime, strip, strip_backward
+from kernels.determinism import is_deterministic
 from kernels.problem import Problem
 
 FORWARD: tuple[ModuleType, ...] = (block, strip, hopper, flash)
-BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, hopper_backward, flash)
+BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, hopper_joint, hopper_backward, flash)
+NONDETERMINISTIC: frozenset[ModuleType] = frozenset({hopper_joint})
 
 
 class Fused:
@@ -29,6 +32,10 @@ class Fused:
 
     def why_not(self, problem: Problem) -> str | None:
         return runtime.why_not_here(problem) or flash.why_not(problem)
+
+    def repeats(self, problem: Problem) -> bool:
+        """Whether gradients are the same bits every time, as things are set."""
+        return backward_families(problem, is_deterministic())[0] not in NONDETERMINISTIC
 
     def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
         return self.bind_forward(problem, operands)(*operands.tensors)
@@ -62,7 +69,7 @@ class Fused:
         grad_lse: Tensor | None,
         needs_rpb_grad: bool,
     ) -> BoundBackward:
-        for family in backward_families(problem):
+        for family in backward_families(problem, is_deterministic()):
             why_not_gradient = getattr(family, "why_not_gradient", None)
             if why_not_gradient is None or why_not_gradient(operands, grad_output) is None:
                 return bind_backward(family, problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
@@ -82,9 +89,10 @@ def forward_families(problem: Problem) -> tuple[ModuleType, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_families(problem: Problem) -> tuple[ModuleType, ...]:
+def backward_families(problem: Problem, deterministic: bool) -> tuple[ModuleType, ...]:
     """The families that serve the backward pass, best first."""
-    return tuple(family for family in BACKWARD if family.why_not(problem) is None)
+    allowed = (family for family in BACKWARD if not (deterministic and family in NONDETERMINISTIC))
+    return tuple(family for family in allowed if family.why_not(problem) is None)
 
 
 BACKEND = Fused()

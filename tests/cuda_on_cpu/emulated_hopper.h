@@ -21,6 +21,10 @@ inline void copy_box(void* shared, const TensorMap& map, MemoryBarrier& barrier,
   const int at[5] = {channel, x, y, z, batch};
   emulator::emulator_copy_box(shared_address(shared), &map, shared_address(&barrier), at);
 }
+inline void fence_async_reads() { emulator::emulator_collective(emulator::FENCE_ASYNC, nullptr, 0, nullptr, 0); }
+inline void reduce_add(float* global, const float* shared, u32 bytes) { emulator::emulator_reduce_add(global, shared_address(shared), bytes); }
+inline void commit_reductions() { emulator::emulator_commit_reductions(); }
+inline void wait_reductions_read() { emulator::emulator_wait_reductions(); }
 inline void prefetch_map(const TensorMap&) {}
 
 template <int REGISTERS>

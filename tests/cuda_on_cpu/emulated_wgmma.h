@@ -21,6 +21,10 @@ struct Wgmma {
     emulator::emulator_wgmma(N, type<T>() | (accumulate ? emulator::ACCUMULATE : 0u), d, nullptr, a, b);
   }
   template <class T>
+  static void product_both_transposed(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {
+    emulator::emulator_wgmma(N, type<T>() | (accumulate ? emulator::ACCUMULATE : 0u) | emulator::TRANSPOSED | emulator::TRANSPOSED_A, d, nullptr, a, b);
+  }
+  template <class T>
   static void product_transposed(float (&d)[N / 2], const u32* a, u64 b) {
     emulator::emulator_wgmma(N, type<T>() | emulator::ACCUMULATE | emulator::TRANSPOSED | emulator::FROM_REGISTERS, d, a, 0, b);
   }

@@ -52,10 +52,11 @@ enum Operation : int {
   WGMMA_FENCE,
   WGMMA_COMMIT,
   WGMMA_WAIT,
+  FENCE_ASYNC,
 };
 
 // Of a wgmma, besides its operands.
-enum ProductFlag : unsigned { IS_HALF = 1, ACCUMULATE = 2, TRANSPOSED = 4, FROM_REGISTERS = 8 };
+enum ProductFlag : unsigned { IS_HALF = 1, ACCUMULATE = 2, TRANSPOSED = 4, FROM_REGISTERS = 8, TRANSPOSED_A = 16 };
 
 // Of the thread that runs now.
 struct Current {
@@ -78,6 +79,9 @@ void emulator_memory_barrier_init(unsigned shared, int arrivals);
 void emulator_memory_barrier_arrive(unsigned shared, int expected_bytes);
 void emulator_memory_barrier_wait(unsigned shared, unsigned parity);
 void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const int (&at)[5]);
+void emulator_reduce_add(float* global, unsigned shared, unsigned bytes);
+void emulator_commit_reductions();
+void emulator_wait_reductions();
 // d: of this thread, n / 2 numbers. a: a descriptor, or four registers where given; b: a descriptor.
 void emulator_wgmma(int n, unsigned flags, float* d, const unsigned* a_registers, unsigned long long a, unsigned long long b);
 void emulator_wgmma_wait(int pending);

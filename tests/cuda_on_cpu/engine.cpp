@@ -47,7 +47,7 @@ const char* const NAMES[] = {
     "load_matrix_x4_transposed", "load_matrix_x2", "load_matrix_x2_transposed",
     "move_matrix",    "mma_m16n8k16<bf16>", "mma_m16n8k16<half>",
     "mma_m16n8k8_tf32", "named_barrier_arrive", "wgmma",
-    "wgmma_fence",    "wgmma_commit",   "wgmma_wait",
+    "wgmma_fence",    "wgmma_commit",   "wgmma_wait",      "fence_async_reads",
 };
 
 struct Copy {
@@ -121,6 +121,7 @@ void check_margins() {
 
 // Of hopper_engine.h, below.
 bool land_a_box();
+bool land_a_reduction();
 void work_ahead();
 int describe_hopper_waits(char* text, int size);
 
@@ -163,7 +164,7 @@ void report_deadlock() {
 void yield_blocked() {
   const int thread = emulator_current.thread;
   Warp& warp = this_warp();
-  while (!warp.ready && ready_warp() < 0 && land_a_box()) {
+  while (!warp.ready && ready_warp() < 0 && (land_a_box() || land_a_reduction())) {
   }
   if (warp.ready) {
     run_thread(thread / WARP * WARP + lane_after(warp.ready, thread % WARP));
@@ -404,6 +405,9 @@ void execute(Warp& w) {
       multipliers[warp].fenced = false;
       ++multipliers[warp].committed;
       break;
+    case FENCE_ASYNC:
+      memcpy(async_shared.data(), emulator_current.shared, shared_bytes);
+      break;
   }
 }
 
@@ -603,6 +607,29 @@ void emulator_copy_box(unsigned shared, const void* map, unsigned barrier, const
   memset(&async_shared[shared - SHARED_START], POISON, bytes);
   box_copies.push_back(copy);
   land_sometimes();
+}
+
+void emulator_reduce_add(float* global, unsigned shared, unsigned bytes) {
+  if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulator_fail("reduce_add: %u bytes to %p, which are no multiples of 16", bytes, static_cast<void*>(global));
+  shared_at(shared, bytes, 16, "reduce_add");
+  const volatile float *first = global, *last = global + bytes / 4 - 1;  // an access outside a tensor shows here, in the thread's own turn
+  [[maybe_unused]] const float touched = *first + *last;
+  reductions.push_back({global, shared, bytes, emulator_current.thread, false});
+  land_sometimes();
+}
+
+void emulator_commit_reductions() {
+  for (Reduction& reduction : reductions) reduction.committed |= reduction.thread == emulator_current.thread;
+}
+
+void emulator_wait_reductions() {
+  land_sometimes();
+  const int thread = emulator_current.thread;
+  while (has_reductions(thread)) {
+    awaits_reductions[thread] = true;
+    this_warp().ready &= ~this_lane_bit();
+    yield_blocked();
+  }
 }
 
 void emulator_wgmma(int n, unsigned flags, float* d, const unsigned* a_registers, unsigned long long a, unsigned long long b) {

@@ -4,7 +4,8 @@
 // after all four warps of the warpgroup have asked for them, in some blocks only at the wait for them; until then their accumulators hold
 // NaN, and operands are read when they run, by all four at once: a warp that has waited may give away shared memory for all of them.
 //
-// The matrix units see what tensor copies brought, and no ordinary store: those would need a fence, and no kernel has operands of that kind.
+// The matrix units and reductions see shared memory through a copy of it, which tensor copies write, and ordinary stores only by a fence. A
+// reduction reads it, and adds to global memory, at any moment until its thread has waited, in some blocks only when no thread could go on.
 
 bool eager;  // whether asynchronous work of this block may be done before somebody waits for it
 std::vector<unsigned char> async_shared;
@@ -102,10 +103,45 @@ bool land_a_box() {
   return true;
 }
 
+// ---- Reductions from shared to global memory
+
+struct Reduction {
+  float* global;
+  uint32_t shared, bytes;
+  int thread;
+  bool committed;
+};
+std::vector<Reduction> reductions;
+bool awaits_reductions[MAX_THREADS];
+
+bool has_reductions(int thread) {
+  for (const Reduction& reduction : reductions)
+    if (reduction.thread == thread && reduction.committed) return true;
+  return false;
+}
+
+// Carries out one that is under way; false where none is.
+bool land_a_reduction() {
+  if (reductions.empty()) return false;
+  std::swap(reductions[random_below(static_cast<uint32_t>(reductions.size()))], reductions.back());
+  const Reduction found = reductions.back();
+  reductions.pop_back();
+  for (uint32_t at = 0; at < found.bytes; at += 4) {
+    float value;
+    memcpy(&value, &async_shared[found.shared - SHARED_START + at], 4);
+    found.global[at / 4] += value;
+  }
+  if (awaits_reductions[found.thread] && !has_reductions(found.thread)) {
+    awaits_reductions[found.thread] = false;
+    warps[found.thread / WARP].ready |= 1u << (found.thread % WARP);
+  }
+  return true;
+}
+
 // ---- Matrix products
 
 struct Product {
-  bool is_half, accumulate, transposed, from_registers;
+  bool is_half, accumulate, transposed, from_registers, a_transposed;
   int n, index, group;
   uint64_t a, b;
   float* d[WARP];
@@ -167,6 +203,15 @@ inline __attribute__((always_inline)) void run_product(const Product& product, i
         const uint32_t pair = product.registers[lane][r];
         a[g + 8 * (r & 1)][2 * q + 8 * (r >> 1)] = value(pair & 0xffffu);
         a[g + 8 * (r & 1)][2 * q + 8 * (r >> 1) + 1] = value(pair >> 16);
+      }
+    }
+  } else if (product.a_transposed) {
+    const Descriptor operand = decode(product.a);
+    for (int k = 0; k < 16; ++k) {
+      for (int row = 0; row < 16; row += 8) {
+        uint16_t bits[8];
+        memcpy(bits, eight_elements(operand, k, warp_in_group * 16 + row), 16);
+        for (int i = 0; i < 8; ++i) a[row + i][k] = value(bits[i]);
       }
     }
   } else {
@@ -253,6 +298,7 @@ void issue_product(Warp& w) {
   product.accumulate = in[5] & ACCUMULATE;
   product.transposed = in[5] & TRANSPOSED;
   product.from_registers = in[5] & FROM_REGISTERS;
+  product.a_transposed = in[5] & TRANSPOSED_A;
   product.index = unit.issued++;
   product.group = unit.committed;
   for (int lane = 0; lane < WARP; ++lane) {
@@ -334,18 +380,22 @@ void reset_hopper() {
   eager = random_below(2) == 0;
   async_shared.assign(emulator_current.shared, emulator_current.shared + shared_bytes);
   box_copies.clear();
+  reductions.clear();
+  memset(awaits_reductions, 0, sizeof awaits_reductions);
   for (int i = 0; i < warp_count; ++i) multipliers[i] = {};
 }
 
 void work_ahead() {
   if (!eager) return;
   if (random_below(64) == 0) land_a_box();
+  if (random_below(64) == 0) land_a_reduction();
   const int warp = emulator_current.thread / WARP;
   if (!multipliers[warp].products.empty() && random_below(64) == 0 && runnable(warp)) run_oldest_product(warp);
 }
 
 void check_hopper_at_end() {
   if (!box_copies.empty()) emulator_fail("the block ends while %zu tensor copies are under way", box_copies.size());
+  if (!reductions.empty()) emulator_fail("the block ends while %zu reductions read its shared memory", reductions.size());
   for (int warp = 0; warp < warp_count; ++warp) {
     if (!multipliers[warp].products.empty()) emulator_fail("warp %d ends while its matrix products are under way", warp);
     if (multipliers[warp].history != multipliers[warp / 4 * 4].history) emulator_fail("warps %d and %d of a warpgroup multiplied different matrices", warp / 4 * 4, warp);

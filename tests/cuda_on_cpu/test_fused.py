@@ -24,8 +24,8 @@ def test_the_first_family_that_serves_is_taken(emulator: EmulatorRuntime) -> Non
     anything = make_problem(Axis(14, 7, causal=True), Axis(14, 7), dtype=torch.float32)
     assert fused.forward_families(dense)[0] is block
     assert fused.forward_families(sliding)[0] is strip
-    assert fused.backward_families(sliding)[0] is strip_backward
-    assert fused.forward_families(anything) == fused.backward_families(anything) == (flash,)
+    assert fused.backward_families(sliding, True)[0] is strip_backward
+    assert fused.forward_families(anything) == fused.backward_families(anything, False) == (flash,)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import emulator as emulation
 import pytest
@@ -13,9 +15,9 @@ from test_flash import TOLERANCE, close, make_operands, make_problem
 from test_mutations import source_of
 from torch import Tensor
 
-from kernels import neighborhood_attention
+from kernels import explain, neighborhood_attention, set_deterministic
 from kernels.backend import Gradients, Operands
-from kernels.cuda import hopper, hopper_backward, hopper_tiles
+from kernels.cuda import hopper, hopper_backward, hopper_joint, hopper_tiles
 from kernels.cuda.hopper_tiles import Tiles
 from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis, Problem
@@ -25,13 +27,15 @@ from kernels.reference import Reference
 @pytest.fixture(autouse=True)
 def _any_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_tiles, "SMALLEST_WINDOW", 1)
+    monkeypatch.setattr(hopper, "SMALL_WINDOW", 0)
     hopper._plan.cache_clear()
     hopper_backward._plan.cache_clear()
+    hopper_joint._plan.cache_clear()
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
     """Instead of those of the fewest pairs, forward and backward."""
-    for module in (hopper, hopper_backward):
+    for module in (hopper, hopper_backward, hopper_joint):
         monkeypatch.setattr(module, "choose_tiles", lambda *_, **__: tiles)
         module._plan.cache_clear()
 
@@ -55,20 +59,22 @@ def check_forward(problem: Problem, *, packed: bool = False) -> tuple[Tensor, Te
     return output, lse
 
 
-def check_backward(problem: Problem, *, packed: bool = False, needs_rpb_grad: bool = False) -> Gradients:
+def check_backward(
+    problem: Problem, *, packed: bool = False, needs_rpb_grad: bool = False, family: ModuleType = hopper_backward
+) -> Gradients:
     """All gradients, that through lse included."""
     operands = make_operands(problem, packed=packed)
-    assert hopper_backward.why_not(problem) is None
+    assert family.why_not(problem) is None
     exact, exact_operands = in_doubles(problem), doubles(operands)
     output, lse = Reference().forward(exact, exact_operands)
     grad_output = guarded(torch.randn(output.shape).to(problem.dtype))
     grad_lse = guarded(torch.randn(lse.shape))
-    assert hopper_backward.why_not_gradient(operands, grad_output) is None
+    assert family.why_not_gradient(operands, grad_output) is None
     wanted = Reference().backward(
         exact, exact_operands, output, lse, grad_output.double(), grad_lse.double(), needs_rpb_grad
     )
     rounded = guarded(output.to(problem.dtype)), guarded(lse.float())
-    gradients = hopper_backward.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad)
+    gradients = family.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad)
     for name in ("query", "key", "value", *(("rpb",) if needs_rpb_grad else ())):
         close(f"gradient of {name}", getattr(gradients, name), getattr(wanted, name), 2 * TOLERANCE[problem.dtype])
     return gradients
@@ -165,6 +171,88 @@ def test_a_bias_that_shared_memory_does_not_hold(emulator: EmulatorRuntime) -> N
     problem = make_problem(*axes, head_dim=128, rpb_dtype=torch.float32)
     for family in (hopper, hopper_backward):
         assert "a bias of (35, 47, 47)" in str(family.why_not(problem))
+
+
+def test_dilations_that_leave_small_boxes(emulator: EmulatorRuntime) -> None:
+    """A copy spans at most 256 tokens, so at a dilation of 4 it brings 64, and of 5 not even a warpgroup's rows."""
+    problem = make_problem(Axis(290, 70, 4), head_dim=16)
+    check_forward(problem)
+    check_backward(problem)
+    for family in (hopper, hopper_backward, hopper_joint):
+        assert "at a dilation of (5,)" in str(family.why_not(make_problem(Axis(600, 70, 5), head_dim=64)))
+
+
+@pytest.mark.parametrize(
+    ("axes", "head_dim"),
+    [
+        ((Axis(300, 140),), 128),
+        ((Axis(33, 8, 3), Axis(26, 9, 2)), 64),
+        ((Axis(18, 10, causal=True), Axis(21, 8, stride=5)), 64),
+        ((Axis(6, 5), Axis(10, 6), Axis(13, 7)), 128),
+        ((Axis(9, 3, 2, causal=True), Axis(8, 6, stride=4), Axis(19, 5, 3)), 32),
+    ],
+    ids=str,
+)
+def test_joint_gradients(emulator: EmulatorRuntime, axes: tuple[Axis, ...], head_dim: int) -> None:
+    check_backward(make_problem(*axes, head_dim=head_dim), family=hopper_joint)
+
+
+def test_joint_gradients_of_batches_and_shared_heads(emulator: EmulatorRuntime) -> None:
+    problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=4, key_heads=2, head_dim=32, dtype=torch.bfloat16)
+    check_backward(problem, family=hopper_joint)
+    problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=3, head_dim=64)
+    check_backward(problem, packed=True, family=hopper_joint)
+
+
+def test_joint_gradients_where_a_warpgroup_skips_boxes(emulator: EmulatorRuntime) -> None:
+    check_backward(make_problem(Axis(420, 40), head_dim=128), family=hopper_joint)
+
+
+def test_scores_far_below_zero_leave_rows_that_are_no_key_alone(emulator: EmulatorRuntime) -> None:
+    """Their weights would be 2^-lse: infinite, times keys of zeros."""
+    problem = make_problem(Axis(20, 20), Axis(20, 20), head_dim=64, scale=1.0)
+    operands = make_operands(problem)
+    operands.query.fill_(-4)
+    operands.key.fill_(4)  # scores of -1024
+    output, lse = hopper.forward(problem, operands)
+    grad_output = guarded(torch.randn(output.shape).half())
+    gradients = hopper_joint.backward(problem, operands, output, lse, grad_output, None, needs_rpb_grad=False)
+    assert gradients.query.isfinite().all()
+
+
+@pytest.fixture
+def nondeterminism() -> Iterator[None]:
+    set_deterministic(False)
+    yield
+    set_deterministic(True)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_joint_gradients_where_they_are_allowed(emulator: EmulatorRuntime, nondeterminism: None) -> None:
+    operands = [torch.randn(1, 300, 2, 32).half().requires_grad_() for _ in range(3)]
+
+    def kernels_used() -> set[str]:
+        before = set(emulator.kernels)
+        neighborhood_attention(*operands, 140, backend="fused").sum(-1, keepdim=True).square().sum().backward()
+        return {source.function for source in set(emulator.kernels) - before}
+
+    def says() -> str:
+        return str(explain(*operands, 140, backend="fused"))
+
+    assert "hopper_joint" in kernels_used() - {"hopper_gradient"}
+    assert "set_deterministic" in says()
+    torch.use_deterministic_algorithms(True)
+    used = kernels_used()
+    assert "hopper_gradient" in used
+    assert "hopper_joint" not in used
+    assert "set_deterministic" not in says()
+
+
+def test_small_windows_have_a_block_per_warpgroup(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "SMALL_WINDOW", 256)
+    for rpb_dtype in (None, torch.float32):
+        check_forward(make_problem(Axis(20, 13), Axis(24, 13), head_dim=64, rpb_dtype=rpb_dtype))
+    assert {source.min_blocks for source in emulator.kernels} == {3}
 
 
 SKIPPING = (Axis(420, 40),)
@@ -265,6 +353,41 @@ GRADIENT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
 }
 
 
+RELEASE = "        wgmma_wait<1>();\n        release(shared.query_empty[s]);\n        release(shared.grad_empty[s]);\n"
+JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    "slopes not shown to the matrix units": [
+        (
+            "+ quad * 4) = packed_slopes[i];\n      }\n      fence_async_reads();",
+            "+ quad * 4) = packed_slopes[i];\n      }",
+        )
+    ],
+    "sums not shown to the copy engine": [("      fence_async_reads();\n      sync_warp();\n", "      sync_warp();\n")],
+    "slopes multiplied before all are there": [
+        ("      named_barrier(ALL_CONSUMERS, GROUPS * 128);\n      wgmma_fence", "      wgmma_fence")
+    ],
+    "one buffer for the slopes": [
+        ("u8* to = shared.slopes[step & 1][w]", "u8* to = shared.slopes[0][w]"),
+        ("shared_address(shared.slopes[step & 1][v])", "shared_address(shared.slopes[0][v])"),
+    ],
+    "sums overwritten while they are added": [("      barrier_wait(shared.sums_empty, (walk.step & 1) ^ 1);\n", "")],
+    "sums given back before they are read": [("        wait_reductions_read();\n", "")],
+    "sums read while they are computed": [
+        (
+            "        wgmma_wait<0>();\n        leave_sums(walk, grad_query);\n      } else",
+            "        leave_sums(walk, grad_query);\n      } else",
+        )
+    ],
+    "boxes released before their gradients are summed up": [
+        (RELEASE, ""),
+        ("        add_product(grad_value", f"{RELEASE}        add_product(grad_value"),
+    ],
+    "keys overwritten while others multiply them": [
+        ("    // Nobody multiplies with these keys any more.\n    named_barrier(ALL_CONSUMERS, GROUPS * 128);\n", "")
+    ],
+    "rows that are no key not hidden": [("      sight.all[a] = {0, 0};\n", "")],
+}
+
+
 def break_kernel(header: str, edits: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = source_of(header)
     for old, new in edits:
@@ -283,6 +406,19 @@ def test_a_broken_gradient_is_caught(mistake: str, tmp_path: Path, monkeypatch: 
         with use_runtime("cpu", EmulatorRuntime(seed)):
             try:
                 check_backward(make_problem(Axis(300, 70), heads=2, key_heads=1, head_dim=64))
+            except (EmulationError, AssertionError):
+                return
+    pytest.fail(f"nobody noticed: {mistake}")
+
+
+@pytest.mark.parametrize("mistake", JOINT_MUTATIONS)
+def test_broken_joint_gradients_are_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernel("src/hopper_joint.cuh", JOINT_MUTATIONS[mistake], tmp_path, monkeypatch)
+    for seed in range(8):
+        with use_runtime("cpu", EmulatorRuntime(seed)) as emulator:
+            try:
+                check_backward(make_problem(Axis(300, 140), head_dim=64), family=hopper_joint)
+                test_scores_far_below_zero_leave_rows_that_are_no_key_alone(emulator)
             except (EmulationError, AssertionError):
                 return
     pytest.fail(f"nobody noticed: {mistake}")

@@ -52,6 +52,20 @@ FASTNA_DEVICE void copy_box(void* shared, const TensorMap& map, MemoryBarrier& b
       "l"(reinterpret_cast<u64>(&map)), "r"(shared_address(&barrier)), "r"(channel), "r"(x), "r"(y), "r"(z), "r"(batch)
       : "memory");
 }
+
+// Shows this thread's ordinary stores to shared memory to the copy engine and the matrix units, for what they are asked after a barrier.
+FASTNA_DEVICE void fence_async_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Adds `bytes` (a multiple of 16) of floats in shared memory to as many in global memory, each addition whole, in no order.
+FASTNA_DEVICE void reduce_add(float* global, const float* shared, u32 bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(global)),
+               "r"(shared_address(shared)), "r"(bytes)
+               : "memory");
+}
+FASTNA_DEVICE void commit_reductions() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until all that this thread has committed was read from shared memory.
+FASTNA_DEVICE void wait_reductions_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 FASTNA_DEVICE void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
 }

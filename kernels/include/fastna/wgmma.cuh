@@ -71,12 +71,20 @@ struct Wgmma;
 #define FASTNA_OUTPUTS_256 FASTNA_OUTPUTS_240, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
 // product: d = (accumulate ? d : 0) + a b with both operands K-major in shared memory.
+// product_both_transposed: the same with both stored with K along their rows.
 // product_transposed: d += a b with a in registers (as mma.m16n8k16 takes it) and b stored with K along its rows.
 #define FASTNA_WGMMA_TYPE(N, TYPE, NAME, A, B, P, B_OF_REGISTERS, SHARED_OPERANDS)                                              \
   template <>                                                                                                                  \
   FASTNA_DEVICE void Wgmma<N>::product<NAME>(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {                               \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE       \
                  " {" FASTNA_NAMES_##N "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                                                   \
+                 : FASTNA_OUTPUTS_##N                                                                                          \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                         \
+  }                                                                                                                            \
+  template <>                                                                                                                  \
+  FASTNA_DEVICE void Wgmma<N>::product_both_transposed<NAME>(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {               \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE       \
+                 " {" FASTNA_NAMES_##N "}, %" #A ", %" #B ", p, 1, 1, 1, 1;}"                                                   \
                  : FASTNA_OUTPUTS_##N                                                                                          \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                                         \
   }                                                                                                                            \
@@ -92,6 +100,8 @@ struct Wgmma;
   struct Wgmma<N> {                                                                                      \
     template <class T>                                                                                   \
     static FASTNA_DEVICE void product(float (&d)[N / 2], u64 a, u64 b, bool accumulate);                 \
+    template <class T>                                                                                   \
+    static FASTNA_DEVICE void product_both_transposed(float (&d)[N / 2], u64 a, u64 b, bool accumulate); \
     template <class T>                                                                                   \
     static FASTNA_DEVICE void product_transposed(float (&d)[N / 2], const u32* a, u64 b);                \
   };                                                                                                     \
