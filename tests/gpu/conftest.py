@@ -7,6 +7,7 @@ loses its CUDA context, hangs or crashes fails alone. This process only collects
   FASTNA_GPU_FUZZ     configurations of the fuzz, of 20 calls each (100)
   FASTNA_GPU_WORKERS  processes (12, or as many as there are processors); 0 runs tests in this process, for a debugger
   FASTNA_GPU_TIMEOUT  seconds that one test may take (180)
+  FASTNA_CACHE_DIR    compiled kernels; compile_ahead.py fills it on a machine without a GPU
   FASTNA_GPU_RECORD   a file to write the record of the run to, as JSON
 """
 
