@@ -200,7 +200,6 @@ def build_trainer(
             strategy=build_strategy(config),
             precision=config.precision,
             max_epochs=epochs,
-            max_steps=config.max_steps,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=clip_grad_norm,
             gradient_clip_algorithm="norm" if clip_grad_norm is not None else None,

@@ -191,7 +191,7 @@ class TrainerConfig:
     compile: bool = False
     channels_last: bool = False
     deterministic: bool = False
-    max_steps: int = -1
+    max_steps: int | None = None  # end after so many updates, though epochs are left; resumes exactly
     limit_train_batches: int | float | None = None
     limit_val_batches: int | float | None = None
     limit_test_batches: int | float | None = None
@@ -207,6 +207,8 @@ class TrainerConfig:
         require_choice("trainer.precision", self.precision, PRECISIONS)
         require(self.num_nodes >= 1, "trainer.num_nodes", self.num_nodes, "1 or more")
         require(self.accumulate >= 1, "trainer.accumulate", self.accumulate, "1 or more")
+        steps = self.max_steps
+        require(steps is None or steps >= 1, "trainer.max_steps", steps, "null or 1 or more")
         every = self.check_val_every_n_epoch
         require(every >= 1, "trainer.check_val_every_n_epoch", every, "1 or more")
         require(self.log_every_n_steps >= 1, "trainer.log_every_n_steps", self.log_every_n_steps, "1 or more")

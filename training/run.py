@@ -24,7 +24,7 @@ from training.build import (
     model_arguments,
     quiet_libraries,
 )
-from training.callbacks import FiniteLoss, Progress, RunCheckpoint, WeightAverage
+from training.callbacks import FiniteLoss, Progress, RunCheckpoint, StepLimit, WeightAverage
 from training.checkpoint import (
     BEST,
     FOLDER,
@@ -226,6 +226,8 @@ def run_callbacks(config: TrainConfig, folder: Path) -> list[Callback]:
     averaged = config.callbacks.ema.enabled
     live = config.callbacks.progress if config.callbacks.progress is not None else is_interactive()
     callbacks: list[Callback] = [WeightAverage(config.callbacks.ema)] if averaged else []
+    if config.trainer.max_steps is not None and not config.trainer.fast_dev_run:
+        callbacks.append(StepLimit(config.trainer.max_steps))
     monitor = "val_ema/top1" if averaged else "val/top1"
     return [*callbacks, FiniteLoss(), Progress(live), RunCheckpoint(folder, config.callbacks.checkpoint, monitor)]
 

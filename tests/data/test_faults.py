@@ -14,7 +14,7 @@ import torch
 from data_pictures import SHORT, pack
 from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-from training_runs import ROOT, command, environment, run
+from training_runs import ROOT, command, environment, kill_at_step, run
 
 from training.data.folder import ImageFiles
 from training.data.images import Broken, ImageReader, PixelReader
@@ -180,24 +180,6 @@ def test_a_worker_that_dies_before_the_loader_knows_it_is_named() -> None:
         raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")
 
 
-def kill_at_step(arguments: list[str], folder: Path, step: int) -> int:
-    """Start a run and kill it once its last checkpoint has reached `step`; returns the step it has."""
-    process = subprocess.Popen(
-        command("train.py", *arguments, f"output_dir={folder}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
-    )
-    last, end = folder / "checkpoints" / "last.ckpt", time.monotonic() + 200
-    try:
-        while time.monotonic() < end and process.poll() is None:
-            if last.exists() and torch.load(last, weights_only=True)["global_step"] >= step:
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, "the run ended before it could be killed"
-    finally:
-        process.kill()
-        process.wait()
-    return torch.load(last, weights_only=True)["global_step"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("reader", "more"),
@@ -210,8 +192,7 @@ def test_killed_and_resumed_equals_uninterrupted(packed, tables, tmp_path, train
     """Killed within the first epoch of six updates; resumed with another number of workers."""
     root = packed if reader == "shards" else tables
     arguments = [*SHORT, *more, f"data={reader}", f"data.root={root}", f"data.cache_dir={tmp_path}/cache"]
-    killed = kill_at_step([*arguments, "data.workers=1"], tmp_path / "killed", 2)
-    assert 2 <= killed < 12
+    killed = kill_at_step([*arguments, "data.workers=1"], tmp_path / "killed", 2, total=12)
     run("train.py", *arguments, f"output_dir={tmp_path}/killed", "resume=last", "data.workers=2")
     code, _, said = train_here(*arguments, f"output_dir={tmp_path}/whole", "data.workers=0")
     assert code == 0, said

@@ -1,13 +1,10 @@
 """A killed run that is resumed ends with the weights of one that was never killed, bit for bit."""
 
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ROOT, SHORT, command, environment, run
+from training_runs import SHORT, kill_at_step, run, start
 
 pytestmark = pytest.mark.xdist_group("training_run")
 
@@ -16,30 +13,11 @@ def read(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
 
-def kill_at_step(folder: Path, step: int) -> int:
-    """Start the short run and kill it once its last checkpoint has reached `step`; returns the step it has."""
-    process = subprocess.Popen(
-        command("train.py", *SHORT, f"output_dir={folder}"), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
-    )
-    last, deadline = folder / "checkpoints" / "last.ckpt", time.monotonic() + 200
-    try:
-        while time.monotonic() < deadline and process.poll() is None:
-            if last.exists() and read(last)["global_step"] >= step:
-                break
-            time.sleep(0.02)
-        assert process.poll() is None, "the run ended before it could be killed"
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    return read(last)["global_step"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "workers"), [(3, 2), (12, 0)])
 def test_killed_and_resumed_equals_uninterrupted(short_run: Path, tmp_path: Path, step: int, workers: int) -> None:
     folder = tmp_path / "run"
-    killed = kill_at_step(folder, step)
-    assert step <= killed < 20
+    killed = kill_at_step(SHORT, folder, step, total=20)
     run("train.py", *SHORT, f"output_dir={folder}", "resume=last", f"data.workers={workers}", "evaluate=false")
     whole, resumed = (read(path / "checkpoints" / "last.ckpt") for path in (short_run, folder))
     assert whole["global_step"] == resumed["global_step"] == 20
@@ -55,12 +33,19 @@ def test_killed_and_resumed_equals_uninterrupted(short_run: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_resumed_at_the_end_of_an_epoch_equals_uninterrupted(short_run: Path, tmp_path: Path) -> None:
-    """Stopped by trainer.max_steps exactly after the first epoch, whose validation is still to be logged."""
-    folder = tmp_path / "run"
-    run("train.py", *SHORT, f"output_dir={folder}", "trainer.max_steps=10", "evaluate=false")
-    assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == 10
-    run("train.py", *SHORT, f"output_dir={folder}", "resume=last", "evaluate=false")
-    whole, resumed = (read(path / "checkpoints" / "last.ckpt") for path in (short_run, folder))
-    assert resumed["global_step"] == 20
-    assert all(torch.equal(value, resumed["state_dict"][key]) for key, value in whole["state_dict"].items())
+def test_stopped_by_max_steps_and_resumed_equals_uninterrupted(short_run: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch, exactly after one (its validation is still to be logged), and in the middle again."""
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for step in (4, 10, 13, 20):
+        resumed = ["resume=last"] if last.exists() else []
+        limit = [f"trainer.max_steps={step}"] if step < 20 else []
+        # Without a checkpoint after every update, the one of the stop is the only one within the epoch.
+        rarely = ["callbacks.checkpoint.every_n_steps=null", "logger=csv", "evaluate=false"]
+        start("train", *SHORT, f"output_dir={tmp_path}/run", *rarely, *resumed, *limit)
+        assert read(last)["global_step"] == step
+    whole = read(short_run / "checkpoints" / "last.ckpt")
+    for part in ("state_dict", "ema_state_dict"):
+        for key, value in whole[part].items():
+            assert torch.equal(value, read(last)[part][key]), f"{part} {key} differs"
+    best = (read(path / "checkpoints" / "best.ckpt")["global_step"] for path in (short_run, tmp_path / "run"))
+    assert len(set(best)) == 1

@@ -1,12 +1,15 @@
 """Runs of the real entry points in processes of their own, and the short training run that many tests share."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
@@ -44,6 +47,34 @@ def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]
     if check and done.returncode:
         pytest.fail(f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def kill_at_step(arguments: list[str], folder: Path, step: int, total: int) -> int:
+    """Start a training run of `total` updates in `folder` and kill it once its last checkpoint has reached `step`.
+
+    Returns the step it has. A run that on a busy machine is through before anyone looks is started again.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    for _ in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        process = subprocess.Popen(
+            command("train.py", *arguments, f"output_dir={folder}"),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            while process.poll() is None:
+                if last.exists() and torch.load(last, weights_only=True)["global_step"] >= step:
+                    break
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait()
+        reached = torch.load(last, weights_only=True)["global_step"]
+        if reached < total:
+            return reached
+    raise AssertionError(f"the run always ended before it could be killed at step {step}")
 
 
 def start(entry: str, *arguments: str) -> None:

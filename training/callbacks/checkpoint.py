@@ -36,13 +36,20 @@ class RunCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: Classifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Every so many updates; and after the last that trainer.max_steps allows, while the epoch still goes on."""
         every, step = self.config.every_n_steps, trainer.global_step
-        if every is not None and step != self._saved_step and step % every == 0:
+        due = (every is not None and step % every == 0) or step == trainer.max_steps
+        if due and step != self._saved_step:
             self._saved_step = step
             self.save(trainer, LAST)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Classifier) -> None:
-        """After the epoch's validation. The best is written first: `last` then already knows its value."""
+        """After the epoch's validation. The best is written first: `last` then already knows its value.
+
+        An epoch that trainer.max_steps cut short is not written as one that has ended: it is to be resumed within.
+        """
+        if not trainer.is_last_batch:
+            return
         value = trainer.callback_metrics.get(self.monitor)
         if value is not None and (self.best_value is None or float(value) > self.best_value):
             self.best_value = float(value)
