@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -100,6 +102,17 @@ def test_gradients_of_either_grad_mode_and_layout(emulator: EmulatorRuntime) -> 
         expected = torch.autograd.grad(exact, doubles, gradient.double(), retain_graph=True)
         for one, other in zip(found, expected, strict=True):
             assert (one.double() - other).norm() < 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("backend", ["fused", "tiled"])
+def test_what_is_kept_holds_on_to_no_tensor(emulator: EmulatorRuntime, backend: str) -> None:
+    leaves = [t.contiguous().requires_grad_() for t in projection(torch.float16, 7, 8)]
+    output = na2d(*leaves, 7, backend=backend)
+    output.sum().backward()
+    references = [weakref.ref(t) for t in (*leaves, output)]
+    del leaves, output
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
 
 
 def test_another_runtime_is_not_given_calls_bound_for_the_last() -> None:
