@@ -190,7 +190,7 @@ def test_strip_takes_its_tile_from_the_table(monkeypatch: pytest.MonkeyPatch) ->
     """An entry for the H200 decides; a device without a table has the formula's tile."""
     axis = Axis(14, 7)
     problem = Problem(128, (axis, axis), 8, 8, 32, 32, 32**-0.5, torch.bfloat16, CPU, rpb_dtype=torch.float32)
-    guess, other = strip.candidate_tiles(problem, 227 << 10)
+    guess, *_, other = strip.candidate_tiles(problem, 227 << 10)
     entry = {"choice": str(other), "sources": tuning._digest_of([strip.plan(problem, guess).source])}
     table = tuning.TABLES / "nvidia-h200.json"
     table.write_text(json.dumps({strip._tuned_as(problem): entry}))
