@@ -228,28 +228,28 @@ def _backward_autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> Any:
 
 def _autocast(device: str) -> None:
     """Under autocast on `device`, all operands but rpb are cast: rpb, a parameter, keeps its own precision."""
-    key_set = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+    autocast_key, autograd_key = (getattr(_Key, f"{kind}{device.upper()}") for kind in ("Autocast", "Autograd"))
+    autocast_keys = torch._C.DispatchKeySet(autocast_key)
+    below = torch._C._dispatch_keyset_full_after(autocast_key)
+    plain = (torch._C.DispatchKeySet(autograd_key) | torch._C.DispatchKeySet(getattr(_Key, device.upper()))).raw_repr()
 
     def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if tensor is not None and eligible else tensor
+        if tensor is None or tensor.dtype is dtype or tensor.dtype is torch.float64 or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(dtype)
 
-    def forward_autocast(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        *arguments: Any,
-    ) -> Any:
+    def forward_autocast(keys: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        query_, key_, value_ = cast(query, dtype), cast(key, dtype), cast(value, dtype)
-        keys_, values_ = cast(additional_keys, dtype), cast(additional_values, dtype)
-        with torch._C._ExcludeDispatchKeyGuard(key_set):
-            return forward(query_, key_, value_, rpb, keys_, values_, *arguments)
+        query, key, value, rpb, additional_keys, additional_values = inputs[:6]
+        operands = cast(query, dtype), cast(key, dtype), cast(value, dtype), rpb
+        additional = cast(additional_keys, dtype), cast(additional_values, dtype)
+        keys = keys & below
+        with torch._C._ExcludeDispatchKeyGuard(autocast_keys):
+            if keys.raw_repr() == plain:  # as in `_below_autograd`: nothing but autograd comes next
+                return _forward_autograd(keys, *operands, *additional, *inputs[6:])
+            return forward(*operands, *additional, *inputs[6:])
 
-    _library.impl("forward", forward_autocast, f"Autocast{device.upper()}")
+    _library.impl("forward", forward_autocast, f"Autocast{device.upper()}", with_keyset=True)
 
 
 _library.impl("forward", _forward, "CompositeExplicitAutograd")

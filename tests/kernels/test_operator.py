@@ -137,6 +137,22 @@ def test_autocast_keeps_rpb_in_float32() -> None:
     torch.testing.assert_close(output.float(), na2d(query, key, value, 3, rpb=rpb), atol=3e-2, rtol=3e-2)
 
 
+def test_autocast_compiles_and_casts_the_same() -> None:
+    tensors = [t.requires_grad_() for t in qkv(1, 5, 6, 2, 4)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return na2d(query, key, value, 3)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    outputs = [function(*tensors) for function in (attend, compiled)]
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    assert torch.equal(*outputs)
+    gradients = [torch.autograd.grad(output.float().sum(), tensors) for output in outputs]
+    for eager, traced in zip(*gradients, strict=True):
+        assert torch.equal(eager, traced)
+
+
 @pytest.mark.parametrize("call", [SLIDING_CALL, DENSE_CALL], ids=["sliding", "dense"])
 def test_opcheck(call: Call) -> None:
     tensors = {name: tensor.requires_grad_() for name, tensor in call.tensors(torch.float32).items()}
