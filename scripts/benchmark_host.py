@@ -6,7 +6,8 @@
 A floor is what no operator of PyTorch's does without: one dispatch to a Python kernel with as many arguments, the
 allocation of the results, the launch (on a CPU: a function that does nothing). `own` is the rest, all of it this
 project's: arguments, choosing between autograd and not, looking the call up, addresses. Each figure is the best of
-several groups of calls. Writes JSON lines to results/<device>/host.jsonl, the environment first.
+several groups of calls. The sum over the parts of the bias gradient, in `backward`, is PyTorch's and runs on a CPU too.
+Writes JSON lines to results/<device>/host.jsonl, the environment first.
 """
 
 from __future__ import annotations
