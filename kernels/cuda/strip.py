@@ -116,11 +116,15 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         plan, packed = _prepared(problem, tile, *strides)
         return bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
 
+    @functools.cache
+    def tried() -> tuple[Tensor | None, ...]:
+        """What candidates read and write: one set of results for all, for memory may be short."""
+        rpb = None if operands.rpb is None else operands.rpb.contiguous()
+        return operands.query, operands.key, operands.value, new_output(), new_lse(), rpb
+
     def start(tile: Tile) -> Callable[[], object]:
-        query, key, value, rpb = operands.query, operands.key, operands.value, operands.rpb
-        read = query, key, value, new_output(), new_lse(), None if rpb is None else rpb.contiguous()
         launch = launch_of(tile)
-        return lambda: launch(*map(address, read))
+        return lambda: launch(*map(address, tried()))
 
     candidates = candidate_tiles(problem, runtime.properties(problem.device).shared_memory)
     tile = tuning.choose(_tuned_as(problem), candidates, problem.device, lambda tile: plan(problem, tile).source, start)

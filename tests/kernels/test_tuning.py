@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernels.cuda import jit, strip, tuning
-from kernels.cuda.dry import DryRuntime
+from kernels.cuda.dry import DryKernel, DryRuntime
 from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import DeviceProperties, use_runtime
 from kernels.problem import Axis, Problem
@@ -200,3 +200,31 @@ def test_strip_takes_its_tile_from_the_table(monkeypatch: pytest.MonkeyPatch) ->
         with use_runtime("cpu", dry):
             strip.forward(problem, strip.Operands(*tensors, torch.empty(8, 13, 13)))
         assert list(dry.asked) == [strip.plan(problem, tile).source]
+
+
+def test_strip_tries_its_tiles_with_one_set_of_results() -> None:
+    """A first call needs no more memory than the next."""
+    axis = Axis(28, 7)
+    problem = Problem(1, (axis, axis), 1, 1, 32, 32, 32**-0.5, torch.float16, CPU)
+    launches = []
+
+    class Timing(DryRuntime):
+        def timer(self, device: torch.device) -> Callable[[Sequence[Callable[[], object]]], list[float]]:
+            def measure(calls: Sequence[Callable[[], object]]) -> list[float]:
+                for call in calls:
+                    call()
+                return [1.0] * len(calls)
+
+            return measure
+
+        def kernel(self, source: KernelSource, device: torch.device) -> DryKernel:
+            kernel = super().kernel(source, device)
+            kernel.launch = lambda grid, shared_bytes, arguments, stream=None: launches.append(arguments)
+            return kernel
+
+    tensors = [torch.empty(1, 28, 28, 1, 32, dtype=torch.float16) for _ in range(3)]
+    with use_runtime("cpu", Timing(PROPERTIES)):
+        strip.bind_forward(problem, strip.Operands(*tensors))
+    assert len(launches) == len(strip.candidate_tiles(problem, PROPERTIES.shared_memory)) > 1
+    written = {arguments[strip.STRIP_FORWARD.offsets["output.data"] :][:8] for arguments in launches}
+    assert len(written) == 1
