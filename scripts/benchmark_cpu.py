@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
@@ -24,10 +25,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import models  # noqa: F401  (registers the models)
+import models.layers  # registers the models too
 from benchmarks.device import describe, results_folder
 
 BASELINE = "swin_tiny_patch4_window7_224"
+LEFT_OUT = ", attention left out"
 Record = dict[str, str | int | float]
 
 
@@ -51,6 +53,16 @@ def training(name: str, batch: int, size: int) -> Callable[[], object]:
         torch.nn.functional.cross_entropy(model(images), labels).backward()
 
     return step
+
+
+def attention_left_out(step: Callable[[], object]) -> Callable[[], object]:
+    """The step of one of our models with the operator giving back its values: as fast as any attention could make it."""
+
+    def bare() -> None:
+        with mock.patch.object(models.layers, "na2d", lambda query, key, value, *_, **__: value):
+            step()
+
+    return bare
 
 
 def _size(name: str, size: int) -> dict[str, int]:
@@ -80,6 +92,7 @@ def measure(names: Sequence[str], batch: int, size: int, rounds: int, seconds: f
     """One record per mode and model; the baseline's comes first in each mode."""
     for mode, build in (("inference", inference), ("training", training)):
         steps = {name: build(name, batch, size) for name in (BASELINE, *names)}
+        steps |= {f"{name}{LEFT_OUT}": attention_left_out(steps[name]) for name in names}
         best, timed = best_of_rounds(steps, rounds, seconds / 2)
         for name, fastest in best.items():
             yield {
