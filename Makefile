@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 CUDA   ?= 13
 N      ?= 2000
+MINUTES ?= 10
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/python
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-gpu fuzz lint format types compile-kernels sanitize benchmark-cpu clean
+.PHONY: help install train test test-gpu fuzz lint format types compile-kernels sanitize benchmark benchmark-cpu clean
 
 help:  ## List these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -50,6 +51,9 @@ compile-kernels: install  ## Compile every kernel for every architecture; show r
 
 sanitize:  ## Run compute-sanitizer over a short selection (needs a GPU)
 	$(RUN) scripts/sanitize.py
+
+benchmark:  ## The whole evaluation and its report, resumable: make benchmark MINUTES=10 RUN=python3
+	$(RUN) scripts/benchmark.py --minutes $(MINUTES)
 
 benchmark-cpu: install  ## Time nat_tiny and dinat_tiny against Swin on this CPU
 	$(RUN) scripts/benchmark_cpu.py

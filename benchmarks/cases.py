@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -191,22 +192,23 @@ NAT_WIDTHS = {"tiny": 2, "small": 3, "base": 4, "large": 6}
 
 
 def _nat(quick: bool) -> list[Case]:
-    """Every attention layer of every published NAT, DiNAT, DiNAT_s and isotropic model, batch 128."""
+    """Every attention layer of every published NAT, DiNAT, DiNAT_s, isotropic and ViT-RPB model, batch 128."""
+    # heads of the first level, its side in tokens, window: the pyramids. Dilation 1, and one that spans the map.
+    pyramids = [(name, heads, 56, 7) for name, heads in NAT_WIDTHS.items()]
+    pyramids += [("large 384", 6, 96, 7), ("large 384, 11 x 11", 6, 96, 11), ("large 224, 11 x 11", 6, 56, 11)]
     cases = []
-    for width, heads in NAT_WIDTHS.items():
-        for side, image in (56, 224), (96, 384):
-            if image == 384 and width != "large":
-                continue
-            for level in range(4):
-                length = side >> level
-                for dilation in sorted({1, length // 7}):
-                    name = f"{width} {image} level {level}: {length}^2 h{heads << level} d{dilation}"
-                    shape = (length, length), heads << level, 32, (7, 7), (dilation, dilation)
-                    cases.append(Case(name, 128, *shape, rpb=True))
+    for name, heads, side, published in pyramids:
+        for level in range(4):
+            length, window = side >> level, min(published, side >> level)
+            for dilation in sorted({1, length // window}):
+                layer = f"{name}, level {level}: {length}^2 h{heads << level} d{dilation}"
+                shape = (length, length), heads << level, 32, (window, window), (dilation, dilation)
+                cases.append(Case(layer, 128, *shape, rpb=True))
     for heads in (12, 24):
-        for dilation in (1, 2):
-            name = f"isotropic 14^2 h{heads} d{dilation}"
-            cases.append(Case(name, 128, (14, 14), heads, 32, (7, 7), dilation=(dilation, dilation), rpb=True))
+        for window, dilation in ((7, 1), (7, 2), (14, 1)):
+            kind = "vitrpb" if window == 14 else "isotropic"
+            layer = f"{kind} 14^2 h{heads} d{dilation}"
+            cases.append(Case(layer, 128, (14, 14), heads, 32, (window, window), (dilation, dilation), rpb=True))
     distinct = list({case.key: case for case in reversed(cases)}.values())[::-1]
     return [case for case in distinct if case.name.startswith("tiny")] if quick else distinct
 
@@ -229,23 +231,38 @@ def _floors(quick: bool) -> list[Case]:
 
 def _workloads(quick: bool) -> list[Case]:
     """Real workloads beyond classification."""
-    cases = [
+    style: dict[str, Any] = {"dtype": "float32", "rpb": True}
+    small = [
         Case("HDiT 64^2", 32, (64, 64), 8, 64, (7, 7)),
-        Case("StyleNAT 64^2, dilation 8", 8, (64, 64), 8, 32, (7, 7), dilation=(8, 8), dtype="float32", rpb=True),
-        Case("StyleNAT 256^2, dilation 1", 4, (256, 256), 4, 32, (7, 7), dtype="float32", rpb=True),
+        Case("StyleNAT 4^2, k3", 8, (4, 4), 16, 32, (3, 3), **style),
+        Case("StyleNAT 16^2, dilation 2", 8, (16, 16), 16, 32, (7, 7), (2, 2), **style),
+        Case("StyleNAT 64^2, dilation 8", 8, (64, 64), 8, 32, (7, 7), (8, 8), **style),
+        Case("StyleNAT 256^2, dilation 1", 4, (256, 256), 4, 32, (7, 7), **style),
+        Case("StyleNAT 256^2, dilation 32", 4, (256, 256), 4, 32, (7, 7), (32, 32), **style),
+        Case("StyleNAT 1024^2, dilation 128", 1, (1024, 1024), 1, 32, (7, 7), (128, 128), **style),
         Case("OneFormer 160x272 k11", 1, (160, 272), 6, 32, (11, 11), rpb=True),
-        Case("All-in-One 1-D k5, dilation 64", 8, (4096,), 2, 16, (5,), dilation=(64,), rpb=True),
+        Case("OneFormer 160x272 k11, dilation 14x24", 1, (160, 272), 6, 32, (11, 11), (14, 24), rpb=True),
+        Case("All-in-One 1-D k5 d12, dilation 1", 8, (8192,), 2, 12, (5,), **style),
+        Case("All-in-One 1-D k5 d12, dilation 1024", 8, (8192,), 2, 12, (5,), (1024,), **style),
+        # In 16 bits a kernel wants multiples of 8 channels: 12 padded to 16.
+        Case("All-in-One 1-D k5, dilation 64", 8, (4096,), 2, 16, (5,), (64,), rpb=True),
+        Case("music 1-D k5 d24, dilation 256", 8, (8192,), 4, 24, (5,), (256,), rpb=True),
         Case("WeatherMesh 3-D 5x7x7", 1, (14, 90, 180), 8, 32, (5, 7, 7)),
         Case("StormScope 128x160 k31", 1, (128, 160), 16, 48, (31, 31)),
+        Case("StormScope 128x160 k31 d96", 1, (128, 160), 8, 96, (31, 31)),
         Case("LTX VAE 3x7x7", 1, (16, 64, 96), 8, 64, (3, 7, 7)),
+        Case("LTX VAE 3x5x5", 1, (16, 64, 96), 8, 64, (3, 5, 5)),
         Case("LTX VAE 11^3", 1, (16, 32, 48), 8, 64, (11, 11, 11)),
+    ]
+    large = [
         Case("Cosmos 16x44x80 stride", 1, (16, 44, 80), 16, 128, (16, 24, 16), stride=(16, 4, 16)),
+        Case("Cosmos 16x44x80 dilation 1x11x5", 1, (16, 44, 80), 16, 128, (16, 4, 16), (1, 11, 5)),
         Case("FLUX 256^2 k80", 1, (256, 256), 24, 128, (80, 80)),
         Case("FLUX 256^2 k80 stride 16", 1, (256, 256), 24, 128, (80, 80), stride=(16, 16)),
         Case("Hunyuan 30x48x80", 1, (30, 48, 80), 24, 128, (18, 24, 24)),
         Case("Hunyuan 30x48x80 stride 16x8x8", 1, (30, 48, 80), 24, 128, (18, 24, 24), stride=(16, 8, 8)),
     ]
-    return cases[:9] if quick else cases
+    return small if quick else small + large
 
 
 SUITES: dict[str, Callable[[bool], list[Case]]] = {
@@ -271,3 +288,16 @@ def suite(name: str, quick: bool = False) -> list[Case]:
     if name not in SUITES:
         raise ValueError(f"suite={name!r}: there is no such suite; one of {', '.join(SUITES)}")
     return SUITES[name](quick)
+
+
+def adapt(cases: Sequence[Case], batch: int | None = None, dtypes: Sequence[str] = ()) -> list[Case]:
+    """The cases in another batch and in each of `dtypes`, where given: named after their dtype, each problem once."""
+    if dtypes:
+        cases = [
+            case.replace(name=f"{case.name.removesuffix(f', {case.dtype}')}, {dtype}", dtype=dtype)
+            for dtype in dtypes
+            for case in cases
+        ]
+    if batch:
+        cases = [case.replace(batch=batch) for case in cases]
+    return list({case.key: case for case in cases}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -37,12 +38,30 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit measured, `-dirty` behind it where files differ; where git is not at hand, what FASTNA_COMMIT says."""
+    return os.environ.get("FASTNA_COMMIT") or _output("git", "describe", "--always", "--dirty", "--exclude", "*")
+
+
+def _clocks(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, power and temperature while the device is busy: at rest its clocks say nothing."""
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,temperature.gpu"
+    torch.cuda._sleep(2 * 10**9)  # about a second, while nvidia-smi looks
+    index = torch.cuda.current_device() if device.index is None else device.index
+    chosen = f"--id={torch.cuda.get_device_properties(index).uuid}"
+    facts = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", chosen)
+    if facts == "unknown":  # the identifier is of another form inside some containers
+        facts = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={index}")
+    torch.cuda.synchronize(device)
+    return {f"nvidia-smi {query}": facts}
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """Facts that a reader needs to judge or repeat a measurement, as plain strings."""
     facts = {
         "device": device_name(device),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cupy": next((v for v in map(_version, ("cupy-cuda13x", "cupy-cuda12x")) if v != "absent"), "absent"),
@@ -51,13 +70,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     if device.type == "cuda":
-        query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
-        facts |= {
-            "nvidia-smi " + query: _output(
-                "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"
-            )
-        }
-        facts |= {"cuda": str(torch.version.cuda)}
+        facts |= _clocks(device) | {"cuda": str(torch.version.cuda)}
     return facts
 
 

@@ -51,19 +51,23 @@ def forward_bytes(problem: Problem) -> float:
     return float(problem.batch * problem.tokens * (query + key) * problem.dtype.itemsize)
 
 
-def floor_seconds(problem: Problem, ceilings: Ceilings, direction: str) -> float:
-    """The larger of the memory floor and the arithmetic floor; `direction` is forward, backward or both.
+def factors(direction: str) -> tuple[float, float]:
+    """Operations and bytes of `direction` (forward, backward or both), as multiples of a forward pass's.
 
     Raises:
         ValueError: another direction.
     """
-    if direction not in ("forward", "backward", "both"):
-        raise ValueError(f"direction={direction!r}: must be forward, backward or both")
-    moved, computed = forward_bytes(problem), forward_flops(problem)
-    bytes_factor = {"forward": 1.0, "backward": 2.0, "both": 3.0}[direction]
-    flops_factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
-    rate = ceilings.flops_per_second[problem.dtype]
-    return max(bytes_factor * moved / ceilings.bytes_per_second, flops_factor * computed / rate)
+    known = {"forward": (1.0, 1.0), "backward": (2.5, 2.0), "both": (3.5, 3.0)}
+    if direction not in known:
+        raise ValueError(f"direction={direction!r}: must be one of {', '.join(known)}")
+    return known[direction]
+
+
+def floor_seconds(problem: Problem, ceilings: Ceilings, direction: str) -> float:
+    """The larger of the memory floor and the arithmetic floor; `direction` is forward, backward or both."""
+    work, traffic = factors(direction)
+    computing = work * forward_flops(problem) / ceilings.flops_per_second[problem.dtype]
+    return max(traffic * forward_bytes(problem) / ceilings.bytes_per_second, computing)
 
 
 def tiles_along(axis: Axis, query_tile: int, key_tile: int) -> tuple[int, int]:

@@ -7,10 +7,11 @@ A100, batch 128).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ import timm
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
 
 import models  # noqa: F401  registers the zoo with timm
+from benchmarks import summary
+from benchmarks.cases import DTYPES
 from benchmarks.device import describe
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # images/s of the paper's table: naive, GEMM, fused in FP16, then in FP32.
 PAPER = {
@@ -61,10 +64,28 @@ class Setting:
     compile: bool = False
     channels_last: bool = False
     cuda_graph: bool = False
+    loading: bool = False
 
     @property
     def key(self) -> str:
-        return "/".join(str(value) for value in asdict(self).values())
+        """What identifies the row in a results file; loading is named only where it is included."""
+        *values, loading = asdict(self).values()
+        return "/".join([*map(str, values)] + ["loading"] * loading)
+
+
+def label(record: Mapping[str, Any]) -> str:
+    """The column of a record in a table of models: its backend (`-` for timm's models) and how it is run."""
+    backend = record.get("backend")
+    how = [name for name in ("compile", "cuda_graph", "channels_last", "loading") if record.get(name) is True]
+    return ", ".join([backend if isinstance(backend, str) else "-", *(name.replace("_", " ") for name in how)])
+
+
+ZOO = ("nat", "dinat_s", "isotropic")  # the modules of this project's models, as timm lists them
+
+
+def is_ours(name: str) -> bool:
+    """Whether `name`, a tag behind a dot aside, is one of this project's models, whose attention has backends."""
+    return any(name.split(".")[0] in timm.list_models(module=module) for module in ZOO)
 
 
 def image_size(name: str) -> int:
@@ -75,10 +96,7 @@ def image_size(name: str) -> int:
 
 def build(setting: Setting, device: torch.device) -> nn.Module:
     """The model of a setting, on its device, in its mode."""
-    ours = setting.model in timm.list_models(module="nat") + timm.list_models(module="dinat_s") + timm.list_models(
-        module="isotropic"
-    )
-    arguments = {"attn_backend": setting.backend} if ours and setting.backend else {}
+    arguments = {"attn_backend": setting.backend} if is_ours(setting.model) and setting.backend else {}
     model = timm.create_model(setting.model, **arguments).to(device)
     if setting.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -142,6 +160,21 @@ def _graphed(infer: Callable[[Tensor], object], images: Tensor) -> Callable[[Ten
     return replay
 
 
+def device_times(averages: Iterable[FunctionEventAvg], cuda: bool) -> list[tuple[str, int, float]]:
+    """(name, calls, microseconds of its own) of everything that took the device's time, the longest first.
+
+    On a GPU these are the kernels, copies and fills. A profile also books a kernel's time on the operator that launched
+    it: counting both would count everything twice. On a CPU they are the operators.
+    """
+    found = []
+    for event in averages:
+        if cuda and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            found.append((event.key, event.count, event.self_device_time_total))
+        elif not cuda and event.device_type == DeviceType.CPU:
+            found.append((event.key, event.count, event.self_cpu_time_total))
+    return sorted((row for row in found if row[2] > 0), key=lambda row: -row[2])
+
+
 def attention_share(step: Callable[[Tensor], object], images: Tensor) -> float | None:
     """Share of a step's device time that is spent in `fastna` operators; None where there is none."""
     cuda = images.device.type == "cuda"
@@ -150,14 +183,31 @@ def attention_share(step: Callable[[Tensor], object], images: Tensor) -> float |
         step(images)
         if cuda:
             torch.cuda.synchronize()
-    averages = profile.key_averages()
-    if cuda:
-        whole = sum(event.self_device_time_total for event in averages)
-        ours = sum(event.device_time_total for event in averages if event.key.startswith("fastna::"))
-    else:
-        whole = sum(event.self_cpu_time_total for event in averages)
-        ours = sum(event.cpu_time_total for event in averages if event.key.startswith("fastna::"))
+    return share_of_attention(profile.events(), cuda)
+
+
+def share_of_attention(events: Iterable[FunctionEvent], cuda: bool) -> float | None:
+    """Device time under `fastna` operators, over all device time; None where there is none.
+
+    An operator appears once more inside itself where autograd passes it on: only the outermost counts.
+    """
+    whole = ours = 0.0
+    for event in events:
+        on_cpu = event.device_type == DeviceType.CPU
+        if cuda and event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            whole += event.self_device_time_total
+        elif not cuda and on_cpu:
+            whole += event.self_cpu_time_total
+        if on_cpu and event.name.startswith("fastna::") and not _inside_ours(event):
+            ours += event.device_time_total if cuda else event.cpu_time_total
     return ours / whole if ours and whole else None
+
+
+def _inside_ours(event: FunctionEvent) -> bool:
+    parent = event.cpu_parent
+    while parent is not None and not parent.name.startswith("fastna::"):
+        parent = parent.cpu_parent
+    return parent is not None
 
 
 def _latencies(
@@ -200,16 +250,18 @@ def measure(
     """
     batch = setting.batch
     while True:
-        current = Setting(**{**asdict(setting), "batch": batch})
         try:
-            return {"status": "ok", "batch_used": batch} | _measure_once(current, device, seconds, batches)
+            measured = _measure_once(dataclasses.replace(setting, batch=batch), device, seconds, batches)
+            return {"status": "ok", "batch_used": batch} | measured
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             if batch == 1:
                 return {"status": "out of memory"}
-            batch //= 2
         except Exception as failure:  # one failing model is a row of the table, not its end
-            return {"status": f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}"}
+            first = (str(failure).splitlines() or [""])[0]
+            return {"status": f"failed: {type(failure).__name__}: {first[:200]}"}
+        # Only here has the exception let go of the tensors that its frames held.
+        torch.cuda.empty_cache()
+        batch //= 2
 
 
 def _measure_once(
@@ -245,9 +297,25 @@ def _measure_once(
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "attention_share": None,
     }
-    if not (setting.cuda_graph or setting.compile):
+    if not setting.cuda_graph:
         record["attention_share"] = attention_share(step, images)
     return record
+
+
+def settings(names: Sequence[str], modes: Sequence[str], backends: Sequence[str], **how: Any) -> list[Setting]:
+    """A row for every model and mode: with each of the backends for this project's models, with none for timm's."""
+    return [
+        Setting(name, mode, backend, **how)
+        for mode in modes
+        for name in names
+        for backend in (backends if is_ours(name) else [None])
+    ]
+
+
+def pending(settings: Sequence[Setting], path: Path) -> list[Setting]:
+    """The settings that the results in `path` lack."""
+    there = {record["key"] for record in summary.records(path) if "key" in record}
+    return [setting for setting in settings if setting.key not in there]
 
 
 def run(
@@ -256,19 +324,20 @@ def run(
 ) -> None:  # fmt: skip
     """Measures every setting that the JSON-lines file `path` does not hold yet, and appends it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    done = {record["key"] for record in map(json.loads, lines) if "key" in record}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    wanted = pending(settings, path)
     with path.open("a") as file, Progress(*columns, transient=True) as progress:
-        file.write(json.dumps({"suite": "models", "environment": describe(device)}) + "\n")
-        for setting in progress.track(settings, description="models"):
-            if setting.key in done or (deadline is not None and time.monotonic() > deadline):
-                continue
+        for index, setting in enumerate(progress.track(wanted, description="models")):
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            if index == 0:
+                file.write(json.dumps({"suite": "models", "environment": describe(device)}) + "\n")
             record = {"suite": "models", "key": setting.key, **asdict(setting)} | measure(
                 setting, device, seconds, batches
             )
             file.write(json.dumps(record) + "\n")
             file.flush()
             if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where a kernel has broken the context: nothing after it counts
                 torch.cuda.empty_cache()
-                torch._dynamo.reset()
+            torch._dynamo.reset()

@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks import summary
 from benchmarks.floors import Ceilings
-from benchmarks.models import PAPER
+from benchmarks.models import PAPER, label
 
 COLOURS = {
     "fused": "#1b6ca8",
@@ -23,6 +24,7 @@ COLOURS = {
     "naive": "#8c8c8c",
     "native": "#2e8b57",
     "tiled": "#9acd6b",
+    "reference": "#b5a642",
     "flex": "#a33b8f",
     "dense": "#c0392b",
     "natten": "#6c5ce7",
@@ -52,21 +54,46 @@ def _timed(frame: pd.DataFrame, direction: str) -> pd.DataFrame:
     return chosen
 
 
-def speed_against(frame: pd.DataFrame, direction: str, title: str) -> str | None:
-    """Microseconds against tokens or window, whichever varies, one line per method; None where neither does."""
+def speed_against(frame: pd.DataFrame, direction: str, title: str) -> list[str]:
+    """Microseconds against tokens, window and dtype: a picture for each that varies, one line or bar per method."""
     timed = _timed(frame, direction)
     if timed.empty:
-        return None
+        return []
     timed["window size"] = [math.prod(window) for window in timed["window"]]
-    over = "tokens" if timed["tokens"].nunique() >= timed["window size"].nunique() else "window size"
-    if timed[over].nunique() < 3:
+    found = []
+    for over in ("tokens", "window size"):
+        if timed[over].nunique() < 3:
+            continue
+        figure, axes = _axes(f"{title}: {direction}")
+        for method, rows in timed.groupby("method"):
+            line = rows.groupby(over)["seconds"].median().sort_index() * 1e6
+            axes.plot(line.index, line.to_numpy(), marker="o", label=method, color=COLOURS.get(str(method)))
+        axes.set(xscale="log", yscale="log", xlabel=over, ylabel="microseconds (median)")
+        axes.legend()
+        found.append(as_uri(figure))
+    if timed["dtype"].nunique() > 1:
+        wide = timed.pivot_table(index="dtype", columns="method", values="seconds", aggfunc="median") * 1e6
+        figure, axes = _axes(f"{title}: {direction}, by dtype")
+        wide.plot.bar(ax=axes, rot=0, color=[COLOURS.get(str(c), "#bbbbbb") for c in wide.columns])
+        axes.set(yscale="log", xlabel="", ylabel="microseconds (median)")
+        found.append(as_uri(figure))
+    return found
+
+
+def paper_bars(gains: pd.DataFrame, title: str) -> str | None:
+    """Average improvements over `naive` beside the paper's; None where the paper has none of them."""
+    beside = summary.beside_the_paper(gains)
+    if beside.empty:
         return None
-    figure, axes = _axes(f"{title}: {direction}")
-    for method, rows in timed.groupby("method"):
-        line = rows.groupby(over)["seconds"].median().sort_index() * 1e6
-        axes.plot(line.index, line.to_numpy(), marker="o", label=method, color=COLOURS.get(str(method)))
-    axes.set(xscale="log", yscale="log", xlabel=over, ylabel="microseconds (median)")
-    axes.legend()
+    wide = pd.DataFrame(
+        {
+            name: [float(text.split(" ")[0].replace(",", "")) for text in beside[column]]
+            for name, column in (("here", "here, %"), ("paper (A100)", "paper (A100), %"))
+        },
+        index=[f"{row['dtype']}, {row['direction']}\n{row['method']}" for row in beside.to_dict("records")],
+    )
+    figure, axes = _axes(f"{title}: improvement over naive, average, %")
+    wide.plot.bar(ax=axes, rot=0, color=["#1b6ca8", "#bbbbbb"])
     return as_uri(figure)
 
 
@@ -105,7 +132,7 @@ def roofline(frame: pd.DataFrame, ceilings: Ceilings, rate: float, title: str) -
 def model_bars(frame: pd.DataFrame, mode: str, precision: str) -> str | None:
     """images/s of every model by backend, beside the paper's fused figure (A100)."""
     rows = frame[(frame["status"] == "ok") & (frame["mode"] == mode) & (frame["precision"] == precision)]
-    rows = rows.assign(method=rows["backend"].fillna("timm"))
+    rows = rows.assign(method=[label(row) for row in rows.to_dict("records")])
     wide = rows.pivot_table(index="model", columns="method", values="images_per_second", aggfunc="last", sort=False)
     if wide.empty:
         return None

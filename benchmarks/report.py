@@ -13,9 +13,7 @@ import pandas as pd
 from benchmarks import plots, summary
 from benchmarks.cases import DTYPES
 from benchmarks.floors import CEILINGS
-from benchmarks.models import PAPER
-
-BASELINES = ("naive", "gemm", "dense", "flex", "natten")
+from benchmarks.models import PAPER, label
 
 
 @dataclass
@@ -34,7 +32,7 @@ def _kernel_section(suite: str, frame: pd.DataFrame, device: str) -> Section:
     section = Section(suite)
     directions = [d for d in ("forward", "backward", "both") if (frame["direction"] == d).any()]
     for direction in directions:
-        pictures = [plots.speed_against(frame, direction, suite)]
+        pictures: list[str | None] = [*plots.speed_against(frame, direction, suite)]
         pictures += [plots.improvement_spread(frame, over, direction, suite) for over in ("naive",)]
         section.images += [picture for picture in pictures if picture]
     dtypes = {case["dtype"] for case in frame["case"]}
@@ -44,9 +42,11 @@ def _kernel_section(suite: str, frame: pd.DataFrame, device: str) -> Section:
             rows = frame[[case["dtype"] == dtype for case in frame["case"]]]
             picture = plots.roofline(rows, CEILINGS[device], rate, f"{suite}: roofline, {dtype}")
             section.images += [picture] if picture else []
-    gains = [summary.improvements(frame, over) for over in BASELINES]
+    gains = [summary.improvements(frame, over) for over in summary.BASELINES]
     gains = [table for table in gains if len(table)]
     if gains:
+        picture = plots.paper_bars(gains[0], suite)
+        section.images += [picture] if picture else []
         section.tables.append(("Improvement in %, average [min, max]", _html(pd.concat(gains))))
     for direction in directions:
         table = summary.case_table(frame, direction)
@@ -60,7 +60,7 @@ def _kernel_section(suite: str, frame: pd.DataFrame, device: str) -> Section:
 def model_table(frame: pd.DataFrame, mode: str, precision: str) -> pd.DataFrame:
     """images/s by model and backend, the gain of `fused` over `naive`, and the paper's figures beside."""
     rows = frame[(frame["status"] == "ok") & (frame["mode"] == mode) & (frame["precision"] == precision)]
-    rows = rows.assign(method=rows["backend"].fillna("-") + rows["compile"].map({True: ", compiled", False: ""}))
+    rows = rows.assign(method=[label(row) for row in rows.to_dict("records")])
     wide = rows.pivot_table(index="model", columns="method", values="images_per_second", aggfunc="last", sort=False)
     if {"fused", "naive"} <= set(wide.columns):
         wide["fused over naive, %"] = (wide["fused"] / wide["naive"] - 1) * 100
@@ -86,11 +86,25 @@ def _model_section(frame: pd.DataFrame) -> Section:
 
 def compare(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     """Seconds of the same case, method and direction in two sets of results, and old over new."""
+    if new.empty or old.empty:
+        return pd.DataFrame()
     index = ["suite", "key", "method", "direction"]
     ok = [frame[frame["status"] == "ok"].set_index(index)[["name", "seconds"]] for frame in (new, old)]
     joined = ok[0].join(ok[1]["seconds"].rename("seconds before"), how="inner")
     joined["speed-up"] = joined["seconds before"] / joined["seconds"]
     return joined.reset_index().drop(columns="key").sort_values("speed-up")
+
+
+def compare_models(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
+    """images/s of the same row of the models' table in two sets of results, and new over old."""
+    if new.empty or old.empty:
+        return pd.DataFrame()
+    ok = [frame[frame["status"] == "ok"].set_index("key") for frame in (new, old)]
+    joined = ok[0][["model", "mode", "precision", "backend", "images_per_second"]].join(
+        ok[1]["images_per_second"].rename("before"), how="inner"
+    )
+    joined["speed-up"] = joined["images_per_second"] / joined["before"]
+    return joined.rename(columns={"images_per_second": "images/s"}).sort_values("speed-up")
 
 
 def _frames(paths: list[Path], needed: bool = True) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:
@@ -118,8 +132,10 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
     for suite, rows in kernels.groupby("suite", sort=False) if len(kernels) else ():
         for direction in rows["direction"].unique():
             found[f"{suite}, {direction}"] = summary.case_table(rows, direction).drop(columns="suite")
-        for over in BASELINES:
-            found[f"{suite}, improvement over {over}"] = summary.improvements(rows, over)
+        for over in summary.BASELINES:
+            found[f"{suite}, improvement over {over}"] = gains = summary.improvements(rows, over)
+            if over == "naive":
+                found[f"{suite}, beside the paper"] = summary.beside_the_paper(gains)
     for mode in models["mode"].unique() if len(models) else ():
         for precision in models["precision"].unique():
             found[f"models, {mode}, {precision}"] = model_table(models, mode, precision)
@@ -171,7 +187,13 @@ def build(paths: list[Path], against: list[Path] | None = None) -> str:
     if len(models):
         sections.append(_model_section(models))
     if against:
-        changes = compare(kernels, summary.load(against)[0])
-        sections.insert(0, Section("Against earlier results", tables=[("Seconds now and before", _html(changes))]))
+        earlier_kernels, earlier_models, _ = _frames(against)
+        changes = [
+            ("Kernels, seconds now and before", compare(kernels, earlier_kernels)),
+            ("Models, images/s now and before", compare_models(models, earlier_models)),
+        ]
+        tables = [(caption, _html(table)) for caption, table in changes if len(table)]
+        texts = [] if tables else ["No problem or model is in both."]
+        sections.insert(0, Section("Against earlier results", texts, tables=tables))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.j2").read_text())
     return template.render(environments=facts, sections=sections)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import floors
+from benchmarks import floors, summary
 from benchmarks.cases import DTYPES, Case
+from benchmarks.correctness import Inputs, sampled_error, tolerance
 from benchmarks.device import describe, device_name
-from benchmarks.methods import BACKENDS, METHODS, Inputs, Prepared, Unsupported, make_inputs, sampled_error
+from benchmarks.methods import BACKENDS, CPU_FLOPS, METHODS, Prepared, Unsupported, make_inputs
 from benchmarks.timing import Call, measure
-from kernels.cuda.jit import KernelSource
-from kernels.cuda.runtime import Runtime, installed_runtime, use_runtime
+from kernels.cuda.dry import DryRuntime
+from kernels.cuda.runtime import installed_runtime, use_runtime
 
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-TF32_TOLERANCE = 1e-3
+COMPILED_AHEAD = 32  # cases whose kernels are compiled side by side before the first of them is timed
 CACHE_BYTES = 2 * 60 * 2**20
+CPU_BYTES = 8 * 2**30
 ROOM = 0.85  # share of the device's memory that inputs and peers' work may take before a case counts as too large
 
 
@@ -32,56 +34,40 @@ def _sets_needed(case: Case, device: torch.device) -> int:
     return max(1, min(8, -(-CACHE_BYTES // int(floors.forward_bytes(problem) + 1)))) if device.type == "cuda" else 2
 
 
-class _Listening:
-    """A runtime that notes which kernels are asked for, and runs none."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.sources: list[KernelSource] = []
-
-    def kernel(self, source: KernelSource, device: torch.device) -> _Listening:
-        self.sources.append(source)
-        return self
-
-    def launch(self, *arguments: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-
 def compile_ahead(cases: Sequence[Case], names: Sequence[str], device: torch.device, gradient: bool) -> int:
     """Compiles the kernels that `cases` need side by side, and returns how many those are. Nothing is computed."""
     runtime = installed_runtime(device)
     if runtime is None:
         return 0
-    listening = _Listening(runtime)
-    with use_runtime(device.type, cast(Runtime, listening)):
+    dry = DryRuntime(runtime.properties(device))
+    with use_runtime(device.type, dry):
         for case in cases:
             one = case.replace(batch=1)
             inputs = make_inputs(one, device, 0, gradient)
             for name in set(names) & set(BACKENDS):
-                if _too_large(name, one, device) is None:
+                if _out_of_reach(name, one, device) is None:
                     prepared = METHODS[name](one, inputs, gradient)
                     prepared.forward()
                     if prepared.backward:
                         prepared.backward()
-    runtime.prepare(listening.sources, device)
-    return len(set(listening.sources))
+    runtime.prepare(dry.asked, device)
+    return len(dry.asked)
 
 
-def _too_large(name: str, case: Case, device: torch.device) -> str | None:
-    """Why `name` cannot hold the case in memory, told before it tries."""
+def _out_of_reach(name: str, case: Case, device: torch.device) -> str | None:
+    """Why `name` cannot hold the case in memory, or would take a CPU too long, told before it tries."""
     problem = case.problem(device)
+    every = problem.batch * problem.heads * problem.tokens**2  # the reference scores every pair, masked or not
+    # Its scores go through memory several times: a CPU takes some 30 times as long for as many products.
+    work = 120 * every * case.head_dim if name == "reference" else floors.forward_flops(problem)
+    if device.type != "cuda" and work > CPU_FLOPS:
+        return "takes too long on a CPU"
     weights = problem.batch * problem.tokens * problem.heads * problem.window_size * DTYPES[case.dtype].itemsize
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 16 * 2**30
-    if name in ("naive", "gemm") and 4 * weights > ROOM * total:
-        return f"attention weights of {weights / 2**30:.1f} GiB do not fit"
+    held = {"naive": 4 * weights, "gemm": 4 * weights, "reference": 32 * every}.get(name, 0)
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else CPU_BYTES
+    if held > ROOM * total:
+        return f"attention weights of {held / 4 / 2**30:.1f} GiB do not fit"
     return None
-
-
-def _prepare(name: str, case: Case, sets: Sequence[Inputs], gradient: bool) -> list[Prepared]:
-    return [METHODS[name](case, inputs, gradient) for inputs in sets]
 
 
 def run_case(
@@ -94,28 +80,28 @@ def run_case(
     records: dict[tuple[str, str], dict[str, Any]] = {}
     ready: dict[str, list[Prepared]] = {}
     for name in names:
-        status, error, peak = _try(name, case, sets, device, gradient, ready)
+        facts, prepared = _try(name, case, sets, device, gradient)
+        if prepared:
+            ready[name] = prepared
         for direction in directions:
-            record = {"name": case.name, "key": case.key, "case": asdict(case), "method": name, "direction": direction}
-            records[name, direction] = record | {"status": status, "error": error, "peak_bytes": peak}
+            records[name, direction] = _identity(case, name, direction) | facts
     ceilings = floors.CEILINGS.get(device_name(device))
     for direction in directions:
         calls = {name: _calls(prepared, direction) for name, prepared in ready.items()}
+        work, traffic = floors.factors(direction)
         for name, timing in (measure(calls, device, seconds) if calls else {}).items():
             record = records[name, direction]
-            factor = {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
             record |= {"seconds": timing.median, "low": timing.low, "high": timing.high, "calls": timing.calls}
-            record["tflops"] = factor * floors.forward_flops(problem) / timing.median / 1e12
-            record["gbytes"] = (
-                {"forward": 1, "backward": 2, "both": 3}[direction]
-                * floors.forward_bytes(problem)
-                / timing.median
-                / 1e9
-            )
+            record["tflops"] = work * floors.forward_flops(problem) / timing.median / 1e12
+            record["gbytes"] = traffic * floors.forward_bytes(problem) / timing.median / 1e9
             if ceilings:
                 floor = floors.floor_seconds(problem, ceilings, direction)
                 record |= {"floor_seconds": floor, "floor_share": floor / timing.median}
     return list(records.values())
+
+
+def _identity(case: Case, name: str, direction: str) -> dict[str, Any]:
+    return {"name": case.name, "key": case.key, "case": asdict(case), "method": name, "direction": direction}
 
 
 def _calls(prepared: Iterable[Prepared], direction: str) -> list[Call]:
@@ -136,53 +122,52 @@ def _calls(prepared: Iterable[Prepared], direction: str) -> list[Call]:
 
 
 def _try(
-    name: str,
-    case: Case,
-    sets: Sequence[Inputs],
-    device: torch.device,
-    gradient: bool,
-    ready: dict[str, list[Prepared]],
-) -> tuple[str, float | None, int | None]:
-    """Runs the method once and keeps its calls in `ready` if its answer is right. Returns status, error, peak bytes."""
-    reason = _too_large(name, case, device)
+    name: str, case: Case, sets: Sequence[Inputs], device: torch.device, gradient: bool
+) -> tuple[dict[str, Any], list[Prepared]]:
+    """Runs the method once and judges its answer: the facts of a record, and its calls if the answer is right.
+
+    The facts: status; relative error against float64 of sampled rows; peak bytes beyond what was there before; seconds
+    until the first answer, compiling and masks included; which variant ran.
+    """
+    reason = _out_of_reach(name, case, device)
     if reason:
-        return f"unsupported: {reason}", None, None
+        return {"status": f"unsupported: {reason}"}, []
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
     try:
+        started = time.perf_counter()
+        prepared = [METHODS[name](case, sets[0], gradient)]
+        answer = prepared[0].answer()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-        prepared = _prepare(name, case, sets, gradient)
-        output = prepared[0].forward()
-        if prepared[0].backward:
-            prepared[0].backward()
-        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-        error = sampled_error(case, sets[0], output) if name in BACKENDS else None
+        facts: dict[str, Any] = {"status": "ok", "setup_seconds": time.perf_counter() - started}
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        facts["variant"] = prepared[0].variant
+        facts["error"] = error = sampled_error(prepared[0].solves, sets[0], answer)
+        del answer
+        prepared += [METHODS[name](case, inputs, gradient) for inputs in sets[1:]]
     except Unsupported as reason_:
-        return f"unsupported: {reason_}", None, None
+        return {"status": f"unsupported: {reason_}"}, []
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return "out of memory", None, None
+        return {"status": "out of memory"}, []
     except Exception as failure:  # a failing peer is a result, not the end of the sweep
-        return f"failed: {type(failure).__name__}: {str(failure).splitlines()[0][:200]}", None, None
-    tf32 = case.dtype == "float32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if error is not None and not error <= (TF32_TOLERANCE if tf32 else TOLERANCE[case.dtype]):
-        return f"wrong: relative error {error:.2e}", error, peak
-    ready[name] = prepared
-    return "ok", error, peak
+        first = (str(failure).splitlines() or [""])[0]
+        return {"status": f"failed: {type(failure).__name__}: {first[:200]}"}, []
+    if not error <= tolerance(case):
+        return facts | {"status": f"wrong: relative error {error:.2e}"}, []
+    return facts, prepared
 
 
-def done_already(path: Path) -> set[tuple[str, str, str]]:
-    """(case key, method, direction) of every record in a results file; a last line cut short does not count."""
-    found = set()
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "key" in record:
-            found.add((record["key"], record["method"], record["direction"]))
-    return found
+def pending(
+    cases: Sequence[Case], names: Sequence[str], directions: Sequence[str], path: Path
+) -> dict[Case, list[str]]:
+    """The cases that the results in `path` lack, and for each the methods that are to be timed."""
+    there = {(r["key"], r["method"], r["direction"]) for r in summary.records(path) if "key" in r}
+    wanted = {case: [n for n in names if any((case.key, n, d) not in there for d in directions)] for case in cases}
+    return {case: methods for case, methods in wanted.items() if methods}
 
 
 def run(
@@ -199,42 +184,33 @@ def run(
 
     Args:
         deadline: `time.monotonic()` after which no new case is begun.
+
+    Raises:
+        RuntimeError: a kernel broke the device's context. What it did is recorded; running again goes on behind it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    finished = done_already(path)
+    wanted = pending(cases, names, directions, path)
     fresh: list[dict[str, Any]] = []
+    gradient = any(direction != "forward" for direction in directions)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    compile_ahead(cases, names, device, gradient=any(direction != "forward" for direction in directions))
     with path.open("a") as file, Progress(*columns, transient=True) as progress:
-        file.write(json.dumps({"suite": suite, "environment": describe(device)}) + "\n")
-        for case in progress.track(cases, description=suite):
+        for index, case in enumerate(progress.track(list(wanted), description=suite)):
             if deadline is not None and time.monotonic() > deadline:
                 break
-            todo = [
-                name for name in names if any((case.key, name, direction) not in finished for direction in directions)
-            ]
-            if not todo:
-                continue
+            if index == 0:
+                file.write(json.dumps({"suite": suite, "environment": describe(device)}) + "\n")
+            if index % COMPILED_AHEAD == 0:
+                compile_ahead(list(wanted)[index : index + COMPILED_AHEAD], names, device, gradient)
             try:
-                records = run_case(case, todo, device, directions, seconds)
+                records = run_case(case, wanted[case], device, directions, seconds)
             except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                records = [
-                    {
-                        "name": case.name,
-                        "key": case.key,
-                        "case": asdict(case),
-                        "method": name,
-                        "direction": direction,
-                        "status": "out of memory",
-                    }
-                    for name in todo
-                    for direction in directions
-                ]
+                pairs = itertools.product(wanted[case], directions)
+                records = [_identity(case, *pair) | {"status": "out of memory"} for pair in pairs]
             for record in records:
                 file.write(json.dumps({"suite": suite} | record) + "\n")
             file.flush()
             fresh += records
             if device.type == "cuda":
+                torch.cuda.synchronize(device)  # raises where a kernel has broken the context: nothing after it counts
                 torch.cuda.empty_cache()
     return fresh

@@ -4,8 +4,8 @@
     python scripts/benchmark_kernels.py --suite floors --direction forward backward
     python scripts/benchmark_kernels.py --space 56 56 --window 7 7 --batch 128 --heads 2 --head-dim 32 --rpb
 
-Every answer is checked before it is timed. Results are JSON lines under results/<device>/, and an interrupted sweep
-goes on where it stopped; `--fresh` starts again.
+Every answer, gradients included, is checked before it is timed. Results are JSON lines under results/<device>/, and an
+interrupted sweep goes on where it stopped; `--fresh` starts again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import summary, sweep
-from benchmarks.cases import DTYPES, SUITES, Case, suite
+from benchmarks.cases import DTYPES, SUITES, Case, adapt, suite
 from benchmarks.device import results_folder
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, default_methods
+from benchmarks.summary import BASELINES
 
 
 def arguments() -> argparse.Namespace:
@@ -36,6 +37,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--direction", nargs="+", choices=("forward", "backward", "both"), default=["forward"])
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), help="replace the suites' own dtypes")
+    parser.add_argument(
+        "--batch", type=int, help="replace the suites' batch (default: 1 on a CPU, the suites' own on a GPU)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.1, help="how long each method is timed on each problem")
     parser.add_argument("--minutes", type=float, help="begin no new problem after so long")
@@ -47,7 +51,6 @@ def arguments() -> argparse.Namespace:
     problem.add_argument("--dilation", type=int, nargs="+", default=[])
     problem.add_argument("--stride", type=int, nargs="+", default=[])
     problem.add_argument("--causal", type=int, nargs="+", choices=(0, 1), default=[])
-    problem.add_argument("--batch", type=int, default=1)
     problem.add_argument("--heads", type=int, default=1)
     problem.add_argument("--head-dim", type=int, default=32)
     problem.add_argument("--rpb", action="store_true")
@@ -59,28 +62,29 @@ def arguments() -> argparse.Namespace:
     return parsed
 
 
-def chosen_cases(options: argparse.Namespace) -> dict[str, list[Case]]:
+def chosen_cases(options: argparse.Namespace, device: torch.device) -> dict[str, list[Case]]:
+    """The problem or the suites asked for, in the batch and the dtypes asked for, each problem once."""
     if options.space:
         case = Case(
-            "one problem", options.batch, tuple(options.space), options.heads, options.head_dim, tuple(options.window),
-            tuple(options.dilation), tuple(options.stride), tuple(map(bool, options.causal)), rpb=options.rpb,
+            "one problem", options.batch or 1, tuple(options.space), options.heads, options.head_dim,
+            tuple(options.window), tuple(options.dilation), tuple(options.stride), tuple(map(bool, options.causal)),
+            rpb=options.rpb,
         )  # fmt: skip
-        return {"one": [case]}
-    return {name: suite(name, options.quick) for name in options.suite}
+        suites = {"one": [case]}
+    else:
+        suites = {name: suite(name, options.quick) for name in options.suite}
+    batch = options.batch or (1 if device.type == "cpu" else None)
+    return {name: adapt(cases, batch, options.dtype or ()) for name, cases in suites.items()}
 
 
 def main() -> None:
     options = arguments()
     device = torch.device(options.device)
     console = Console()
-    methods = options.methods or (
-        ["fused", "gemm", "naive", "flex", "dense", "natten"] if device.type == "cuda" else ["native", "tiled", "dense"]
-    )
+    methods = options.methods or default_methods(device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = options.output or results_folder(device)
-    for name, cases in chosen_cases(options).items():
-        if options.dtype:
-            cases = [case.replace(dtype=dtype) for dtype in options.dtype for case in cases]
+    for name, cases in chosen_cases(options, device).items():
         path = folder / f"kernels-{name}.jsonl"
         if options.fresh or name == "one":
             path.unlink(missing_ok=True)
@@ -90,7 +94,7 @@ def main() -> None:
             continue
         for direction in options.direction:
             show(console, f"{name}, {direction}, microseconds", summary.case_table(frame, direction))
-        for over in ("naive", "gemm", "dense", "flex"):
+        for over in BASELINES:
             gains = summary.improvements(frame, over)
             if len(gains):
                 show(console, f"{name}: improvement over {over}, %", gains)

@@ -34,6 +34,9 @@ COLUMNS = {
     "precision": "precision",
     "batch_used": "batch",
     "compile": "compiled",
+    "cuda_graph": "graph",
+    "channels_last": "channels last",
+    "loading": "loading",
     "images_per_second": "images/s",
     "ms_per_step": "ms/step",
     "latency_p50_ms": "p50 ms",
@@ -95,17 +98,15 @@ def loading(folder: Path, workers: int) -> models.Callable[[Tensor], Iterator[Te
     return stream
 
 
-def settings(options: argparse.Namespace) -> list[models.Setting]:
+def chosen(options: argparse.Namespace) -> list[models.Setting]:
     names = options.models or [*models.PAPER, *models.CONTEXT]
     rows = []
-    for precision, mode, name in itertools.product(options.precision, options.mode, names):
-        ours = name.split("_")[0] in ("nat", "dinat", "vitrpb")
-        graph = options.cuda_graph and mode == "inference"
-        how = (precision, options.compile, options.channels_last, graph)
-        rows += [
-            models.Setting(name, mode, backend, options.batch, *how)
-            for backend in (options.backends if ours else [None])
-        ]
+    for precision, mode in itertools.product(options.precision, options.mode):
+        rows += models.settings(
+            names, [mode], options.backends, batch=options.batch, precision=precision, compile=options.compile,
+            channels_last=options.channels_last, cuda_graph=options.cuda_graph and mode == "inference",
+            loading=options.images is not None,
+        )  # fmt: skip
     return rows
 
 
@@ -117,7 +118,7 @@ def main() -> None:
         path.unlink(missing_ok=True)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     batches = loading(options.images, options.workers) if options.images else None
-    rows = settings(options)
+    rows = chosen(options)
     models.run(rows, device, path, options.seconds, deadline, batches)
     frame, _ = summary.load([path], index=["suite", "key"])
     frame = frame[frame["key"].isin({row.key for row in rows})]

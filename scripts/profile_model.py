@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.models import DTYPES, Setting, step_function
+from benchmarks.models import DTYPES, Setting, device_times, share_of_attention, step_function
 
 
 def main() -> None:
@@ -47,18 +47,17 @@ def main() -> None:
             torch.cuda.synchronize()
     options.trace.parent.mkdir(parents=True, exist_ok=True)
     profile.export_chrome_trace(str(options.trace))
-    time_of = (lambda e: e.self_device_time_total) if device.type == "cuda" else (lambda e: e.self_cpu_time_total)
-    events = sorted(profile.key_averages(), key=time_of, reverse=True)
-    whole = sum(map(time_of, events))
+    rows = device_times(profile.key_averages(), device.type == "cuda")
+    whole = sum(time for _, _, time in rows)
+    attention = share_of_attention(profile.events(), device.type == "cuda")
     table = Table(title=f"{options.model}, {options.mode}, batch {options.batch}: {whole / 1e3:.2f} ms on {device}")
     for column in ("kernel or operator", "calls", "ms", "share"):
         table.add_column(column, justify="left" if column.startswith("kernel") else "right")
-    for event in events[: options.rows]:
-        if time_of(event):
-            table.add_row(
-                event.key[:90], str(event.count), f"{time_of(event) / 1e3:.3f}", f"{time_of(event) / whole:.1%}"
-            )
+    for name, calls, time in rows[: options.rows]:
+        table.add_row(name[:90], str(calls), f"{time / 1e3:.3f}", f"{time / whole:.1%}")
     Console().print(table)
+    if attention is not None:
+        print(f"attention: {attention:.1%}")
     print(f"trace: {options.trace}")
 
 

@@ -5,13 +5,20 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from rich.console import Console
+from torch.autograd import DeviceType
 
-from benchmarks import floors, methods, summary, sweep
+from benchmarks import account, evaluation, floors, methods, models, summary, sweep
 from benchmarks.cases import SUITES, Case, suite
+from benchmarks.correctness import Answer, sampled_error
+from kernels import na2d
 from kernels.problem import Axis
+from models.layers import NeighborhoodAttention
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -64,18 +71,81 @@ def test_tile_waste_is_one_for_a_dense_map_and_grows_with_the_halo():
     assert floors.tile_waste(sliding, (8, 8), (8, 8)) > floors.tile_waste(sliding, (4, 4), (4, 4)) > 1.0
 
 
-def test_sampled_error_sees_one_wrong_head():
-    inputs = methods.make_inputs(SMALL, CPU, seed=0, gradient=False)
-    output = methods.METHODS["tiled"](SMALL, inputs, False).forward()
-    assert methods.sampled_error(SMALL, inputs, output) < 1e-5
-    broken = output.clone()
-    broken[..., 1, :] = broken[..., 1, :].flip(0)
-    assert methods.sampled_error(SMALL, inputs, broken) > 0.1
+MIXED = Case("mixed", 2, (6, 7, 8), 2, 16, (2, 3, 4), (1, 2, 1), (2, 1, 3), (False, False, True), "float32", True)
+ONE_KEY = Case("one key", 1, (9,), 1, 16, (1,), dtype="float32")
 
 
-def test_a_sweep_resumes_and_records_what_it_could_not_time(tmp_path):
+@pytest.mark.parametrize(
+    "case", [SMALL, MIXED, Case("one key", 1, (9,), 1, 16, (1,), dtype="float32")], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("name", ["tiled", "reference", "dense"])
+def test_right_answers_and_gradients_pass_at_any_shape(case, name):
+    prepared = methods.METHODS[name](case, inputs := methods.make_inputs(case, CPU, 0, True), True)
+    assert sampled_error(prepared.solves, inputs, prepared.answer()) < 1e-6
+
+
+@pytest.mark.parametrize("wrong", range(4), ids=["output", "query", "key", "value"])
+@pytest.mark.parametrize("case", [SMALL, MIXED], ids=lambda c: c.name)
+def test_a_wrong_head_of_any_tensor_is_seen(case, wrong):
+    inputs = methods.make_inputs(case, CPU, 0, True)
+    answer = methods.METHODS["tiled"](case, inputs, True).answer()
+    tensors = [answer.output, *answer.gradients]
+    tensors[wrong] = tensors[wrong].detach().clone()
+    tensors[wrong][..., 1, :] *= 1.001
+    assert sampled_error(case, inputs, Answer(tensors[0], tuple(tensors[1:]))) > 1e-4
+
+
+def test_flex_attention_gets_the_neighborhood_as_its_mask():
+    inputs = methods.make_inputs(MIXED, CPU, 0, False)
+    order, block_mask = methods._tile_mask(MIXED.space, MIXED.problem(CPU).axes, CPU)
+    query, key, value = (x.flatten(1, -3)[:, order].transpose(1, 2) for x in (inputs.query, inputs.key, inputs.value))
+    index = torch.arange(len(order))
+    mask = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), index[:, None], index[None])
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    restored = output.transpose(1, 2)[:, order.argsort()].unflatten(1, MIXED.space)
+    assert sampled_error(MIXED.replace(rpb=False), inputs, Answer(restored, None)) < 1e-6
+    assert torch.equal(order.sort().values, index)
+
+
+def _natten(releases):
+    """What stands in for NATTEN: the reference under the argument names of a release."""
+
+    def new(query, key, value, kernel_size, stride=1, dilation=1, is_causal=False):
+        return na2d(
+            query, key, value, kernel_size, stride=stride, dilation=dilation, is_causal=is_causal, backend="reference"
+        )
+
+    def old(query, key, value, kernel_size, dilation=1, is_causal=False, rpb=None):
+        return na2d(
+            query, key, value, kernel_size, dilation=dilation, is_causal=is_causal, rpb=rpb, backend="reference"
+        )
+
+    return SimpleNamespace(na2d=new) if releases == "new" else SimpleNamespace(functional=SimpleNamespace(na2d=old))
+
+
+@pytest.mark.parametrize("release", ["new", "old"])
+def test_natten_is_called_as_its_release_wants(release, monkeypatch):
+    stand_in = _natten(release)
+    monkeypatch.setitem(sys.modules, "natten", stand_in)
+    if release == "old":
+        monkeypatch.setitem(sys.modules, "natten.functional", stand_in.functional)
+    inputs = methods.make_inputs(SMALL, CPU, 0, True)
+    prepared = methods.METHODS["natten"](SMALL, inputs, True)
+    assert prepared.solves.rpb == (release == "old")
+    assert sampled_error(prepared.solves, inputs, prepared.answer()) < 1e-6
+    strided = SMALL.replace(stride=(2, 1))
+    if release == "old":
+        with pytest.raises(methods.Unsupported, match="stride"):
+            methods.METHODS["natten"](strided, inputs, True)
+    else:
+        prepared = methods.METHODS["natten"](strided, inputs, True)
+        assert sampled_error(prepared.solves, inputs, prepared.answer()) < 1e-6
+
+
+def test_a_sweep_resumes_and_records_what_it_could_not_time(tmp_path, monkeypatch):
     path = tmp_path / "kernels-small.jsonl"
     names, directions = ["tiled", "dense", "natten", "flex"], ["forward", "backward"]
+    monkeypatch.setenv("FASTNA_COMMIT", "f00ba47")
     first = sweep.run("small", [SMALL], names, CPU, directions, path, seconds=0.01)
     assert len(first) == len(names) * len(directions)
     with path.open("a") as file:
@@ -83,7 +153,9 @@ def test_a_sweep_resumes_and_records_what_it_could_not_time(tmp_path):
     assert sweep.run("small", [SMALL], names, CPU, directions, path, seconds=0.01) == []
     frame, facts = summary.load([path])
     assert len(frame) == len(first)
+    assert len(facts) == 1
     assert facts[0]["torch"] == torch.__version__
+    assert facts[0]["commit"] == "f00ba47"
     by_method = frame.groupby("method")["status"].first()
     assert by_method["tiled"] == by_method["dense"] == "ok"
     assert by_method["flex"].startswith("unsupported")
@@ -95,7 +167,7 @@ def test_a_wrong_method_is_never_timed(tmp_path, monkeypatch):
 
     def wrong(case, inputs, gradient):
         prepared = right(case, inputs, gradient)
-        return methods.Prepared(lambda: prepared.forward() * 1.01, prepared.backward)
+        return methods.Prepared(lambda: prepared.forward() * 1.01, prepared.backward, case)
 
     monkeypatch.setitem(methods.METHODS, "tiled", wrong)
     (record,) = sweep.run_case(SMALL, ["tiled"], CPU, ["forward"], 0.01)
@@ -114,6 +186,109 @@ def test_improvement_is_in_the_papers_form():
     assert (row["average"], row["min"], row["max"]) == (pytest.approx(125), pytest.approx(-50), pytest.approx(300))
     assert row["won"] == 0.5
     assert row["problems"] == 2
+
+
+def test_the_suite_of_nat_holds_every_attention_layer_of_every_model():
+    held = {case.key for case in suite("nat")}
+    needed = set()
+
+    def note(layer, arguments):
+        height, width = arguments[0].shape[1:3]
+        window, dilation = layer.window_for(height, width)
+        case = Case("", 128, (height, width), layer.num_heads, 32, window, dilation, rpb=True)
+        needed.add(case.key)
+
+    for name in (name for module in models.ZOO for name in timm.list_models(module=module)):
+        with torch.device("meta"):
+            model = timm.create_model(name).eval()
+        for layer in model.modules():
+            if isinstance(layer, NeighborhoodAttention):
+                layer.register_forward_pre_hook(note)
+        size = models.image_size(name)
+        model(torch.empty(1, 3, size, size, device="meta"))
+    assert needed <= held, sorted(needed - held)
+
+
+def test_device_time_is_counted_once_on_a_gpu():
+    def event(key, kind, own, total=0.0, parent=None):
+        return SimpleNamespace(
+            key=key, name=key, device_type=kind, count=1, is_user_annotation=False, cpu_parent=parent,
+            self_device_time_total=own, device_time_total=total or own,
+        )  # fmt: skip
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    outer = event("fastna::forward", cpu, 0.0, 30.0)
+    events = [
+        outer,
+        event("fastna::forward", cpu, 30.0, parent=outer),  # the same call, passed on by autograd
+        event("strip_forward", cuda, 30.0),
+        event("aten::addmm", cpu, 70.0),  # the profiler books the kernel on the operator too
+        event("gemm_kernel", cuda, 70.0),
+    ]
+    assert models.device_times(events, cuda=True) == [("gemm_kernel", 1, 70.0), ("strip_forward", 1, 30.0)]
+    assert models.share_of_attention(events, cuda=True) == pytest.approx(0.3)
+
+
+def test_memory_running_out_halves_the_batch_and_other_failures_are_rows(monkeypatch, tmp_path):
+    def once(setting, *_):
+        if setting.batch > 2:
+            raise torch.OutOfMemoryError("too much")
+        if setting.model == "broken":
+            raise ValueError
+        return {"images_per_second": 1.0}
+
+    monkeypatch.setattr(models, "_measure_once", once)
+    settings = [models.Setting(name, "inference", batch=8) for name in ("fits", "broken")]
+    path = tmp_path / "models.jsonl"
+    models.run(settings, CPU, path)
+    fits, broken = (record for record in summary.records(path) if "key" in record)
+    assert (fits["status"], fits["batch"], fits["batch_used"]) == ("ok", 8, 2)
+    assert broken["status"].startswith("failed: ValueError")
+    models.run([*settings, models.Setting("fits", "inference", batch=8, loading=True)], CPU, path)
+    assert [record["loading"] for record in summary.records(path) if "key" in record] == [False, False, True]
+
+
+def test_the_account_of_a_model_has_the_floors_of_its_attention_and_products():
+    ceilings = floors.CEILINGS["NVIDIA H200"]
+    table = account.account("nat_mini", 128, torch.bfloat16, ceilings)
+    attention = table[(table["kind"] == "attention") & (table["stage"] == "levels.0")].iloc[0]
+    case = next(case for case in suite("nat") if case.name == "tiny, level 0: 56^2 h2 d1")
+    bias = 4 * 2 * 13 * 13 / 4.3e12
+    floor = floors.floor_seconds(case.problem(CPU), ceilings, "forward")
+    assert attention["calls"] == 3
+    assert attention["floor us"] == pytest.approx(3e6 * floor, rel=1e-3, abs=3e6 * bias)
+    # 2.7 GMACs, as published: twice as many operations, attention's included.
+    assert table["GFLOP"].sum() == pytest.approx(128 * 2 * 2.7, rel=0.03)
+    assert account.fused_seconds(table, ceilings) < table["floor us"].sum() / 1e6
+
+
+def test_the_evaluation_shares_its_time_and_goes_on_where_it_stopped(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(evaluation.time, "monotonic", lambda: clock[0])
+    done = {"long": 0.0, "short": 0.0}
+    needed = {"long": 100.0, "short": 10.0}
+
+    def step(name, weight):
+        def run(deadline):
+            spent = min(needed[name] - done[name], deadline - clock[0])
+            clock[0] += spent
+            done[name] += spent
+            return done[name] >= needed[name]
+
+        return evaluation.Step(name, weight, run)
+
+    steps = [step("long", 1), step("short", 1)]
+    console = Console(quiet=True)
+    assert [s.title for s in evaluation.run(steps, 60.0, console)] == ["long"]
+    assert done == {"long": 50.0, "short": 10.0}  # half its share, then what the short one left
+    assert evaluation.run(steps, 60.0, console) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_evaluation_covers_every_suite_and_the_papers_models(device, tmp_path):
+    titles = " ".join(step.title for step in evaluation.plan(torch.device(device), tmp_path, quick=True))
+    needed = set(SUITES) - ({"floors", "paper-1d", "paper-2d", "paper-3d"} if device == "cpu" else set())
+    assert all(name in titles for name in (*needed, "models"))
 
 
 def test_the_command_lines_measure_report_and_compare(tmp_path):
@@ -144,8 +319,8 @@ def test_the_command_lines_measure_report_and_compare(tmp_path):
         0.01,
     ]
     run("benchmark_kernels.py", *problem, "--direction", "forward", "backward", "--output", tmp_path)
-    models = ["--models", "nat_mini", "--batch", 1, "--device", "cpu", "--seconds", 0.1, "--precision", "float32"]
-    run("benchmark_models.py", *models, "--backends", "tiled", "--output", tmp_path / "models.jsonl")
+    rows = ["--models", "nat_mini", "--batch", 1, "--device", "cpu", "--seconds", 0.1, "--precision", "float32"]
+    run("benchmark_models.py", *rows, "--backends", "tiled", "--output", tmp_path / "models.jsonl")
     printed = run("report.py", tmp_path, "--against", tmp_path / "kernels-one.jsonl")
     html = (tmp_path / "report.html").read_text()
     assert "| nat_mini |" in printed
@@ -155,6 +330,8 @@ def test_the_command_lines_measure_report_and_compare(tmp_path):
     assert record["images_per_second"] > 0
     assert record["latency_p50_ms"] <= record["latency_p99_ms"]
     assert 0 < record["attention_share"] < 1
+    predicted = run("simulate.py", "--against", ROOT / "results" / "nvidia-h200" / "kernels-floors.jsonl")
+    assert "13 measured" in predicted
     simulated = run("simulate.py", "--space", 32, 32, "--window", 7, 7, "--against", tmp_path / "kernels-one.jsonl")
     assert "over" in simulated
     trace = tmp_path / "trace.json"
