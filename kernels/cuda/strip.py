@@ -17,10 +17,12 @@ from torch import Tensor
 from kernels.backend import BoundForward, Operands
 from kernels.cuda import bound, runtime, tuning
 from kernels.cuda.arguments import (
+    FLOAT,
     GEOMETRY,
     INT,
     POINTER,
     TENSOR,
+    UINT,
     Struct,
     address,
     pack_geometry,
@@ -28,7 +30,8 @@ from kernels.cuda.arguments import (
     why_not_near,
 )
 from kernels.cuda.jit import KernelSource, instantiate
-from kernels.problem import Problem
+from kernels.cuda.runtime import DeviceProperties
+from kernels.problem import Axis, Problem
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)
@@ -36,9 +39,22 @@ MAX_WINDOW = (9, 7)
 SMALLEST_SCALE = 1e-6
 """Scores start from bias / scale, and from -1e30 where masked."""
 
+BLOCK_RESERVE = 1024
+"""Shared memory that a block takes besides its own; an SM has as much more than one block may have."""
+
 QUERY_ROWS = 8
 KEY_COLUMNS = 8
 
+DIVISOR = Struct("Divisor", "fastna/strip_layout.cuh", divisor=UINT, multiplier=UINT, shift=INT)
+GRID = Struct(
+    "StripGrid",
+    "fastna/strip_layout.cuh",
+    heads=DIVISOR,
+    tiles=DIVISOR,
+    strips=DIVISOR,
+    column_groups=DIVISOR,
+    row_groups=DIVISOR,
+)
 STRIP_FORWARD = Struct(
     "StripForwardArguments",
     "src/strip_forward.cuh",
@@ -49,8 +65,9 @@ STRIP_FORWARD = Struct(
     lse=POINTER,
     rpb=POINTER,
     geometry=GEOMETRY,
-    tiles=INT,
-    strips=INT,
+    grid=GRID,
+    sharing=DIVISOR,
+    inverse_scale=FLOAT,
 )
 _set_pointers = STRIP_FORWARD.pointers()
 
@@ -126,7 +143,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         launch = launch_of(tile)
         return lambda: launch(*map(address, tried()))
 
-    candidates = candidate_tiles(problem, runtime.properties(problem.device).shared_memory)
+    candidates = candidate_tiles(problem, runtime.properties(problem.device))
     tile = tuning.choose(_tuned_as(problem), candidates, problem.device, lambda tile: plan(problem, tile).source, start)
     launch = launch_of(tile)
 
@@ -164,38 +181,72 @@ def _prepared(
         value=pack_tensor(value, 2),
         output=pack_tensor((height * width * token, width * token, token, problem.head_dim), 2),
         geometry=pack_geometry(problem),
-        tiles=chosen.tiles,
-        strips=chosen.strips,
+        grid=pack_grid(problem, chosen.tiles, chosen.strips),
+        sharing=_pack_divisor(problem.heads // problem.key_heads),
+        inverse_scale=1.0 / problem.scale,
     )
     return chosen, packed
 
 
-def choose_tile(problem: Problem, shared_memory: int) -> Tile:
+def pack_grid(problem: Problem, tiles: int, strips: int) -> bytes:
+    """StripGrid: what block numbers are divided by, see strip_place."""
+    row_axis, column_axis = problem.axes
+    return GRID.pack(
+        heads=_pack_divisor(problem.heads),
+        tiles=_pack_divisor(tiles),
+        strips=_pack_divisor(strips),
+        column_groups=_pack_divisor(column_axis.dilation),
+        row_groups=_pack_divisor(row_axis.dilation),
+    )
+
+
+def _pack_divisor(divisor: int) -> bytes:
+    """A multiplier of 32 bits: n < 2^31 times its error, below 2^-31 / divisor, never reaches the next quotient."""
+    shift = 31 + (divisor - 1).bit_length()
+    return DIVISOR.pack(divisor=divisor, multiplier=(1 << shift) // divisor + 1, shift=shift)
+
+
+def choose_tile(problem: Problem, device: DeviceProperties) -> Tile:
     """The widest tile, of equal parts of a row, of which an SM holds three: some copy while others multiply.
 
-    Where even narrow tiles are too large for three, two or one. `shared_memory` is what a block may have, in bytes; an
-    SM has 1 KiB more, and takes 1 KiB for each block.
+    Where even narrow tiles are too large for three, two or one. A map of two blocks of rows is one tile high, so that
+    each of its keys is read once, if there are enough maps to fill the device. Measured on an H200
+    (results/nvidia-h200/strip-forward-tiles.json).
     """
-    _, columns = _longest_map(problem)
-    resident_warps = 12 if problem.head_dim == 32 else 8
-    tile = Tile(columns=_round_up(columns, 2), resident_warps=resident_warps)
+    rows, columns = _longest_map(problem)
+    maps = problem.batch * problem.heads * math.prod(axis.dilation for axis in problem.axes)
+    whole = QUERY_ROWS < rows <= 2 * QUERY_ROWS and maps >= 3 * device.multiprocessors
     for resident in (3, 2, 1):
         for parts in range(1, -(-columns // KEY_COLUMNS) + 1):
-            tile = Tile(columns=_round_up(-(-columns // parts), 2), resident_warps=resident_warps)
-            if resident * (_shared_bytes(problem, tile) + 1024) <= shared_memory + 1024:
+            tile = _tile(problem, parts, 2 if whole else 1)
+            if _resident(problem, tile, device) >= resident:
                 return tile
-    return tile
+    return _tile(problem, -(-columns // KEY_COLUMNS), 1)
 
 
-def candidate_tiles(problem: Problem, shared_memory: int) -> list[Tile]:
-    """`choose_tile`'s, and others that have been the fastest on some map: fewer rows are loaded twice in two blocks."""
-    guess = choose_tile(problem, shared_memory)
-    rows, columns = _longest_map(problem)
-    tiles = [guess]
-    if rows > QUERY_ROWS:
-        tiles += [replace(guess, row_blocks=2), replace(guess, row_blocks=2, columns=min(16, _round_up(columns, 2)))]
-    fitting = [tile for tile in tiles if _shared_bytes(problem, tile) <= shared_memory]
-    return list(dict.fromkeys([guess, *fitting]))
+def candidate_tiles(problem: Problem, device: DeviceProperties) -> list[Tile]:
+    """At most four tiles worth measuring: what `choose_tile` takes, then others that fit a block.
+
+    They differ in how often a key is read, in how many products a block's copies and tables serve, and in how many
+    blocks an SM holds.
+    """
+    guess = choose_tile(problem, device)
+    narrow = min(guess.columns, 16)
+    tiles = [guess, replace(guess, row_blocks=3 - guess.row_blocks)]
+    tiles += [replace(guess, columns=narrow, row_blocks=row_blocks) for row_blocks in (2, 1)]
+    return [tile for tile in dict.fromkeys(tiles) if tile == guess or _resident(problem, tile, device) >= 1]
+
+
+def _resident(problem: Problem, tile: Tile, device: DeviceProperties) -> int:
+    """Blocks whose shared memory an SM has room for."""
+    return (device.shared_memory + BLOCK_RESERVE) // (_shared_bytes(problem, tile) + BLOCK_RESERVE)
+
+
+def _tile(problem: Problem, parts: int, row_blocks: int) -> Tile:
+    """One of `parts` equal parts of a row."""
+    _, columns = _longest_map(problem)
+    resident_warps = 12 if problem.head_dim == 32 else 8
+    return Tile(_round_up(-(-columns // parts), 2), row_blocks, resident_warps=resident_warps)
 
 
 def _tuned_as(problem: Problem) -> str:
@@ -289,16 +340,16 @@ def _shared_bytes(problem: Problem, tile: Tile) -> int:
 
 def representative_sources() -> Iterable[KernelSource]:
     """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases."""
-    from kernels.problem import Axis
+    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
 
     def source(
         length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True, candidate: int = 0
     ) -> KernelSource:
         problem = Problem(
-            batch=1,
+            batch=128,
             axes=(Axis(length, window),) * 2,
-            heads=2,
-            key_heads=2,
+            heads=112 // length,
+            key_heads=112 // length,
             head_dim=head_dim,
             value_dim=head_dim,
             scale=head_dim**-0.5,
@@ -306,7 +357,7 @@ def representative_sources() -> Iterable[KernelSource]:
             device=torch.device("cuda"),
             rpb_dtype=torch.float32 if rpb else None,
         )
-        return plan(problem, candidate_tiles(problem, 227 << 10)[candidate]).source
+        return plan(problem, candidate_tiles(problem, device)[candidate]).source
 
     for length in (56, 28, 14):
         yield source(length, torch.bfloat16)

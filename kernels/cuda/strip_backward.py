@@ -33,7 +33,7 @@ from kernels.cuda.arguments import (
 )
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
+from kernels.cuda.strip import BLOCK_RESERVE, DTYPES, GRID, HEAD_DIMS, SMALLEST_SCALE, pack_grid
 from kernels.problem import Axis, Problem
 
 MAX_WINDOW = (9, 8)
@@ -47,9 +47,6 @@ STEP_BYTES = 160
 SWEEPS_BYTES = 4 * 48
 """Tables of a step, and of a pair of columns: StripStep, and StripSweep in two phases of up to two."""
 
-BLOCK_RESERVE = 1024
-"""Shared memory that a block takes besides its own; an SM has as much more than one block may have."""
-
 STRIP_BACKWARD = Struct(
     "StripBackwardArguments",
     "fastna/strip_backward_ring.cuh",
@@ -59,11 +56,10 @@ STRIP_BACKWARD = Struct(
     rpb=POINTER,
     grad_rpb=POINTER,
     geometry=GEOMETRY,
+    grid=GRID,
     step_rows=INT,
     chunk_rows=INT,
-    chunks=INT,
     tile_columns=INT,
-    tiles=INT,
     ring_rows=INT,
     pitch=INT,
     scale_log2=FLOAT,
@@ -218,11 +214,10 @@ def pack(problem: Problem, plan: Plan, *strides: tuple[int, ...]) -> bytes:
     return STRIP_BACKWARD.pack(
         tensors=[*(pack_tensor(stride, 2) for stride in strides), gradient, gradient, gradient],
         geometry=pack_geometry(problem),
+        grid=pack_grid(problem, plan.tiles, plan.chunks),
         step_rows=plan.step_rows,
         chunk_rows=plan.chunk_rows,
-        chunks=plan.chunks,
         tile_columns=plan.tile_columns,
-        tiles=plan.tiles,
         ring_rows=plan.ring_rows,
         pitch=plan.pitch,
         scale_log2=problem.scale * math.log2(math.e),
@@ -263,6 +258,28 @@ def choose_tile(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties
     wanted = -(-best.blocks * device.multiprocessors // walks)
     tile = replace(best, chunks=max(1, min(wanted, rows // (2 * best.step_rows))))
     return ahead if fits(ahead := replace(tile, ahead=True)) else tile
+
+
+def candidate_tiles(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> list[Tile]:
+    """At most four tiles worth measuring, where any fits: what `choose_tile` takes, then others.
+
+    They differ in whether copies come in while products run, and in warps that idle at the end of a step.
+    """
+    guess = choose_tile(problem, needs_rpb_grad, device)
+    if guess is None:
+        return []
+    tiles = [
+        guess,
+        replace(guess, warps=7, blocks=min(guess.blocks, 2)),
+        replace(guess, tiles=guess.tiles + 1, ahead=True),
+        replace(guess, tiles=guess.tiles + 1, ahead=False),
+    ]
+
+    def fits(tile: Tile) -> bool:
+        shared_bytes = plan(problem, tile, needs_rpb_grad).shared_bytes + BLOCK_RESERVE
+        return tile.blocks * shared_bytes <= device.shared_memory + BLOCK_RESERVE and tile.blocks * tile.warps <= 16
+
+    return [tile for tile in dict.fromkeys(tiles) if tile == guess or fits(tile)]
 
 
 def plan(problem: Problem, tile: Tile, needs_rpb_grad: bool) -> Plan:

@@ -14,7 +14,9 @@ struct StripForwardArguments {
   float* lse;
   const void* rpb;
   Geometry geometry;
-  int tiles, strips;  // of the longest dilation group's map
+  StripGrid grid;
+  Divisor sharing;  // heads that share a key head
+  float inverse_scale;
 };
 
 // STORED_ROWS x STORED_COLUMNS: the tile of keys; SLOTS: of the bias table. kernels/cuda/strip.py derives them.
@@ -43,24 +45,30 @@ struct StripForwardConfig {
   static_assert(STORED_ROWS >= KEY_ROWS && TILE_COLUMNS % QUERY_COLUMNS == 0, "");
 };
 
-// One warp: softmax(queries keys^T) values of 8 x 2 queries, the sum not yet divided by. `query` are the products' left operands, tiles
-// begin at the product's first key row, `column` is its first key's; `bias` and `masked` are the lane's quads for the first key row.
-template <class Config>
-FASTNA_DEVICE void attend(const u32 (&query)[Config::HEAD_DIM / 16][4], u32 key_tile, u32 value_tile, int column, u32 visible,
-                          const u8* bias, const u8* masked, float scale_log2e, float (&output)[Config::HEAD_DIM / 8][4],
-                          float (&maximum)[2], float (&sum)[2]) {
+// Where a product finds its keys, whose first row the tiles begin with and whose first column is `column`, and its initial scores.
+struct StripProduct {
+  u32 key_tile, value_tile;
+  int column;
+  u32 visible;               // bit j: the lane's query sees key row j
+  const u8 *bias, *masked;  // the lane's quads for key row 0
+};
+
+// One warp: softmax(queries keys^T) values of 8 x 2 queries over ROWS key rows, the sum not yet divided by. `query` are the left operands.
+template <class Config, int ROWS>
+FASTNA_DEVICE void attend(const u32 (&query)[Config::HEAD_DIM / 16][4], const StripProduct& from, float scale_log2e,
+                          float (&output)[Config::HEAD_DIM / 8][4], float (&maximum)[2], float (&sum)[2]) {
   using T = typename Config::T;
   using Layout = typename Config::Layout;
-  constexpr int KEY_ROWS = Config::KEY_ROWS, ROW_BYTES = Config::ROW_BYTES, HEAD_DIM = Config::HEAD_DIM;
+  constexpr int ROW_BYTES = Config::ROW_BYTES, HEAD_DIM = Config::HEAD_DIM;
   const int lane = lane_index();
 
-  float scores[KEY_ROWS][4];
+  float scores[ROWS][4];
   u32 key_at[HEAD_DIM / 32];  // four chunks by one ldmatrix
   FASTNA_UNROLL
-  for (int i = 0; i < HEAD_DIM / 32; ++i) key_at[i] = key_tile + Layout::offset(column + lane % 8, 4 * i + lane / 8);
+  for (int i = 0; i < HEAD_DIM / 32; ++i) key_at[i] = from.key_tile + Layout::offset(from.column + lane % 8, 4 * i + lane / 8);
   FASTNA_UNROLL
-  for (int j = 0; j < KEY_ROWS; ++j) {
-    const u8* initial_at = (visible >> j & 1) != 0 ? bias : masked;
+  for (int j = 0; j < ROWS; ++j) {
+    const u8* initial_at = (from.visible >> j & 1) != 0 ? from.bias : from.masked;
     const float4 initial = *reinterpret_cast<const float4*>(initial_at + j * Config::Bias::LINE);
     scores[j][0] = initial.x, scores[j][1] = initial.y, scores[j][2] = initial.z, scores[j][3] = initial.w;
     FASTNA_UNROLL
@@ -75,7 +83,7 @@ FASTNA_DEVICE void attend(const u32 (&query)[Config::HEAD_DIM / 16][4], u32 key_
   maximum[0] = fmaxf(scores[0][0], scores[0][1]);
   maximum[1] = fmaxf(scores[0][2], scores[0][3]);
   FASTNA_UNROLL
-  for (int j = 1; j < KEY_ROWS; ++j) {
+  for (int j = 1; j < ROWS; ++j) {
     maximum[0] = fmaxf(maximum[0], fmaxf(scores[j][0], scores[j][1]));
     maximum[1] = fmaxf(maximum[1], fmaxf(scores[j][2], scores[j][3]));
   }
@@ -93,10 +101,10 @@ FASTNA_DEVICE void attend(const u32 (&query)[Config::HEAD_DIM / 16][4], u32 key_
   u32 value_at[Config::HEAD_DIM / 16];
   FASTNA_UNROLL
   for (int i = 0; i < Config::HEAD_DIM / 16; ++i) {
-    value_at[i] = value_tile + (lane / 8 % 2) * ROW_BYTES + Layout::offset(column + lane % 8, 2 * i + lane / 16);
+    value_at[i] = from.value_tile + (lane / 8 % 2) * ROW_BYTES + Layout::offset(from.column + lane % 8, 2 * i + lane / 16);
   }
   FASTNA_UNROLL
-  for (int j = 0; j < KEY_ROWS; j += 2) {
+  for (int j = 0; j < ROWS; j += 2) {
     u32 weights[4];
     FASTNA_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -127,14 +135,14 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
   constexpr int KEY_ROWS = Config::KEY_ROWS, ROW_BLOCKS = Config::ROW_BLOCKS;
 
   const Geometry& geometry = args.geometry;
-  const StripPlace place = strip_place(block_index(), geometry, args.tiles, args.strips);
+  const StripPlace place = strip_place(block_index(), geometry, args.grid);
   const int query_row = place.strip * (ROW_BLOCKS * QUERY_ROWS), query_column = place.tile * Config::TILE_COLUMNS;
   if (query_row >= place.rows || query_column >= place.columns) return;  // a dilation group shorter than the longest
 
   u8* shared = dynamic_shared<u8>();
   u8* table = shared + Config::BIAS_AT;
   const int lane = lane_index(), warp = warp_index(), g = lane / 4, q = lane % 4;
-  const int key_head = place.head / (geometry.heads / geometry.key_heads);
+  const int key_head = args.sharing.quotient(place.head);
 
   const int last_row = minimum(query_row + ROW_BLOCKS * QUERY_ROWS, place.rows) - 1;
   const int tile_columns = minimum(Config::TILE_COLUMNS, place.columns - query_column);
@@ -146,14 +154,19 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
 
   const Bias bias(query_column, place.columns);
   typename Bias::Row bias_row[ROW_BLOCKS];
-  int block_key_row[ROW_BLOCKS];  // of the tile of keys
+  int block_rows[ROW_BLOCKS];     // key rows that a product multiplies: near a border fewer than KEY_ROWS are in reach
+  int block_key_row[ROW_BLOCKS];  // their first in the tile of keys
   int lane_row[ROW_BLOCKS];       // query row of matrix rows g and g + 8; the last one again where there is none
   FASTNA_UNROLL
   for (int b = 0; b < ROW_BLOCKS; ++b) {
     const int first = minimum(query_row + b * QUERY_ROWS, last_row);
-    const int first_key_row = first_product_key<WINDOW_ROWS>(first, place.rows, KEY_ROWS);
+    const int last = minimum(first + QUERY_ROWS - 1, last_row);
+    const int reach = first_key<WINDOW_ROWS>(last, place.rows) + WINDOW_ROWS - first_key<WINDOW_ROWS>(first, place.rows);
+    block_rows[b] = maximum(round_up(reach, 2), KEY_ROWS - 4);
+    const int first_key_row = first_product_key<WINDOW_ROWS>(first, place.rows, block_rows[b]);
     lane_row[b] = minimum(query_row + b * QUERY_ROWS + g, last_row);
     bias_row[b] = Bias::row(lane_row[b], first_key_row, place.rows, q);
+    keep(bias_row[b].line);
     block_key_row[b] = first_key_row - key_row;
   }
 
@@ -162,22 +175,33 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
   const int blocks = ceil_div(last_row - query_row + 1, QUERY_ROWS);
   u8* next_query = shared + Config::STAGING_AT + warp * 2 * Config::PRODUCT_BYTES;
   u8* staging = next_query + Config::PRODUCT_BYTES;
+  u32 staged = Config::STAGING_AT + (2 * warp + 1) * Config::PRODUCT_BYTES + Layout::offset(g, 0) + q * 4;
+  keep(staged);
 
   const MapView<T> sources[2] = {map_view<T>(args.key, geometry, place, place.batch, key_head),
                                  map_view<T>(args.value, geometry, place, place.batch, key_head)};
   const MapView<T> queries = map_view<T>(args.query, geometry, place, place.batch, place.head);
   const MapView<T> outputs = map_view<T>(args.output, geometry, place, place.batch, place.head);
+  // Output is contiguous: so many tokens and heads lie before this map's first.
+  float* first_lse = args.lse + (outputs.origin - static_cast<T*>(args.output.data)) / HEAD_DIM;
   // Token t of the 16 is (row t % 8, column t / 8): chunks q + 4 i of tokens g and g + 8 are this lane's.
+  const T* query_origin[ROW_BLOCKS];
+  FASTNA_UNROLL
+  for (int b = 0; b < ROW_BLOCKS; ++b) {
+    query_origin[b] = queries.at(lane_row[b], query_column) + q * 8;
+    keep(query_origin[b]);
+  }
+  u32 query_at = shared_address(next_query) + Layout::offset(g, q);
+  keep(query_at);
   const auto copy_query = [&](int product) {
-    const int block = ROW_BLOCKS == 2 && product >= pairs ? 1 : 0;
-    const int column = query_column + (product - block * pairs) * QUERY_COLUMNS;
-    const T* token = queries.at(minimum(query_row + block * QUERY_ROWS + g, last_row), column) + q * 8;
+    const bool second = ROW_BLOCKS == 2 && product >= pairs;
+    const int column = (second ? product - pairs : product) * QUERY_COLUMNS;
+    const T* token = (second ? query_origin[ROW_BLOCKS - 1] : query_origin[0]) + static_cast<i64>(column) * queries.column;
     FASTNA_UNROLL
     for (int k = 0; k < QUERY_COLUMNS; ++k) {
       FASTNA_UNROLL
       for (int i = 0; i < HEAD_DIM / 32; ++i) {
-        copy_async<16>(shared_address(next_query) + Layout::offset(g + 8 * k, q + 4 * i), token + k * queries.column + 32 * i,
-                       column + k < place.columns);
+        copy_async<16>((query_at ^ (i << 6)) + k * 8 * Layout::BYTES, token + k * queries.column + 32 * i, column + k < tile_columns);
       }
     }
   };
@@ -187,7 +211,7 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
   commit_copies();
   // While the copies are under way.
   const Rpb* rpb = static_cast<const Rpb*>(args.rpb) + place.head * (Bias::LINES * (2 * WINDOW_COLUMNS - 1));
-  bias.template build<Config::THREADS, Config::HAS_RPB>(table, rpb, 1.0f / geometry.scale, Config::TILE_COLUMNS);
+  bias.template build<Config::THREADS, Config::HAS_RPB>(table, rpb, args.inverse_scale, Config::TILE_COLUMNS);
   wait_copies<0>();
   sync_threads();
 
@@ -196,10 +220,10 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
     const int column = query_column + (product - block * pairs) * QUERY_COLUMNS;
     const int first_key_column = first_product_key<WINDOW_COLUMNS>(column, place.columns, KEY_COLUMNS) - key_column;
     typename Bias::Row row = bias_row[0];
-    int rows_above = block_key_row[0];
+    int rows_above = block_key_row[0], rows = block_rows[0];
     FASTNA_UNROLL
     for (int b = 1; b < ROW_BLOCKS; ++b) {
-      if (block == b) row = bias_row[b], rows_above = block_key_row[b];
+      if (block == b) row = bias_row[b], rows_above = block_key_row[b], rows = block_rows[b];
     }
 
     wait_copies<0>();
@@ -214,31 +238,39 @@ FASTNA_DEVICE void strip_forward(const StripForwardArguments& args) {
     commit_copies();
 
     float output[HEAD_DIM / 8][4], maximum[2], sum[2];
-    attend<Config>(query, tiles[0] + rows_above * Config::ROW_BYTES, tiles[1] + rows_above * Config::ROW_BYTES, first_key_column,
-                   row.visible, table + row.line + bias.slot(column) * (Bias::LINES * Bias::LINE), table + row.masked, scale_log2e,
-                   output, maximum, sum);
+    keep(row.visible);  // one register, not one for every bit
+    const u32 above = rows_above * Config::ROW_BYTES;
+    const StripProduct from = {tiles[0] + above, tiles[1] + above, first_key_column, row.visible,
+                               table + row.line + bias.slot(column) * (Bias::LINES * Bias::LINE), table + row.masked()};
+    if (rows == KEY_ROWS) {
+      attend<Config, KEY_ROWS>(query, from, scale_log2e, output, maximum, sum);
+    } else if (rows == KEY_ROWS - 2) {
+      attend<Config, KEY_ROWS - 2>(query, from, scale_log2e, output, maximum, sum);
+    } else {
+      attend<Config, KEY_ROWS - 4>(query, from, scale_log2e, output, maximum, sum);
+    }
 
     const float inverse[2] = {reciprocal_approx(sum[0]), reciprocal_approx(sum[1])};
     FASTNA_UNROLL
     for (int c = 0; c < HEAD_DIM / 8; ++c) {
-      u8* at = staging + Layout::offset(g, c) + q * 4;
+      u8* at = shared + (staged ^ (c << 4));  // chunk c of token g
       *reinterpret_cast<u32*>(at) = pack2<T>(output[c][0] * inverse[0], output[c][1] * inverse[0]);
       *reinterpret_cast<u32*>(at + 8 * Layout::BYTES) = pack2<T>(output[c][2] * inverse[1], output[c][3] * inverse[1]);
     }
     sync_warp();
     const int lane_query = query_row + block * QUERY_ROWS + g;
+    const i64 offset = static_cast<i64>(lane_query) * outputs.row + static_cast<i64>(column) * outputs.column;
+    T* token = outputs.origin + offset + q * 8;
+    float* lse = first_lse + static_cast<u64>(offset) / HEAD_DIM;
     FASTNA_UNROLL
     for (int k = 0; k < QUERY_COLUMNS; ++k) {
       if (lane_query <= last_row && column + k < place.columns) {
-        T* token = outputs.at(lane_query, column + k) + q * 8;
         FASTNA_UNROLL
         for (int i = 0; i < HEAD_DIM / 32; ++i) {
-          store_global_16(token + 32 * i, *reinterpret_cast<const uint4*>(staging + Layout::offset(g, q + 4 * i) + k * 8 * Layout::BYTES));
+          store_global_16(token + k * outputs.column + 32 * i,
+                          *reinterpret_cast<const uint4*>(staging + Layout::offset(g, q + 4 * i) + k * 8 * Layout::BYTES));
         }
-        if (q == k) {  // output is contiguous: so many tokens and heads lie before this one
-          const i64 at = (token - static_cast<T*>(args.output.data)) / HEAD_DIM;
-          args.lse[at] = (maximum[k] + log2_approx(sum[k])) * LN_2;
-        }
+        if (q == k) lse[k * (outputs.column / HEAD_DIM)] = (maximum[k] + log2_approx(sum[k])) * LN_2;
       }
     }
     sync_warp();  // before the next product overwrites the staging

@@ -16,6 +16,9 @@ inline int warp_index() {
   return thread_index() >> 5;
 }
 
+template <class T>
+void keep(T&) {}
+
 // ---- Numbers
 
 template <class To, class From>

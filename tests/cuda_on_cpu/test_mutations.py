@@ -134,8 +134,22 @@ MUTATIONS = [
     Mutation(
         "keys read without their swizzle",
         "src/strip_forward.cuh",
-        "key_tile + Layout::offset(column + lane % 8, 4 * i + lane / 8)",
-        "key_tile + (column + lane % 8) * Layout::BYTES + (4 * i + lane / 8) * 16",
+        "from.key_tile + Layout::offset(from.column + lane % 8, 4 * i + lane / 8)",
+        "from.key_tile + (from.column + lane % 8) * Layout::BYTES + (4 * i + lane / 8) * 16",
+        STRIP,
+    ),
+    Mutation(
+        "too few key rows near a border",
+        "src/strip_forward.cuh",
+        "round_up(reach, 2), KEY_ROWS - 4)",
+        "round_up(reach, 2) - 2, KEY_ROWS - 4)",
+        STRIP,
+    ),
+    Mutation(
+        "copies of the wrong rows",
+        "fastna/strip_layout.cuh",
+        "sources[k] += static_cast<i64>(THREADS / WARP) * views[k].row;",
+        "sources[k] += static_cast<i64>(THREADS / WARP - 1) * views[k].row;",
         STRIP,
     ),
     Mutation(

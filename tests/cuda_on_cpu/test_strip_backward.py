@@ -223,6 +223,10 @@ def test_tiles_fit_every_device(shared_memory: int, head_dim: int, length: int) 
         assert plan.shared_bytes <= shared_memory
         assert plan.tiles * plan.tile_columns >= length
         assert plan.chunks * plan.chunk_rows >= length
+        candidates = strip_backward.candidate_tiles(problem, True, device)
+        assert candidates[0] == tile
+        assert len(candidates) <= 4
+        assert all(strip_backward.plan(problem, other, True).shared_bytes <= shared_memory for other in candidates)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from emulator import EmulatorRuntime, guarded
 
 from kernels.backend import Operands
 from kernels.cuda import strip
+from kernels.cuda.runtime import DeviceProperties
 from kernels.problem import Axis, Problem
 from kernels.reference import Reference
 
@@ -75,7 +77,7 @@ def assert_forward(problem: Problem, operands: Operands) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles along a row of a small map."""
-    monkeypatch.setattr(strip, "choose_tile", lambda problem, shared_memory: strip.Tile(columns=6, warps=2))
+    monkeypatch.setattr(strip, "choose_tile", lambda problem, device: strip.Tile(columns=6, warps=2))
     strip._prepared.cache_clear()
     yield
     strip._prepared.cache_clear()
@@ -112,9 +114,12 @@ def test_windows_smaller_than_a_product(emulator: EmulatorRuntime, small_tiles: 
     assert_forward(problem, make_operands(problem))
 
 
-def test_two_blocks_of_rows(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = strip.Tile(columns=8, row_blocks=2, warps=3)
-    monkeypatch.setattr(strip, "choose_tile", lambda problem, shared_memory: tile)
+@pytest.mark.parametrize(("columns", "warps"), [(8, 3), (4, 3)])  # more and fewer pairs of columns than warps
+def test_two_blocks_of_rows(
+    emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, columns: int, warps: int
+) -> None:
+    tile = strip.Tile(columns=columns, row_blocks=2, warps=warps)
+    monkeypatch.setattr(strip, "choose_tile", lambda problem, device: tile)
     strip._prepared.cache_clear()
     try:
         for rows in (14, 21, 24):
@@ -122,6 +127,29 @@ def test_two_blocks_of_rows(emulator: EmulatorRuntime, monkeypatch: pytest.Monke
             assert_forward(problem, make_operands(problem))
     finally:
         strip._prepared.cache_clear()
+
+
+def test_tiles_fit_and_small_maps_are_whole() -> None:
+    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
+    for length, heads, head_dim in ((56, 2, 32), (28, 4, 32), (14, 8, 32), (14, 12, 64), (200, 1, 64)):
+        problem = make_problem((length, length), (7, 7), heads=heads, head_dim=head_dim, batch=128)
+        tiles = strip.candidate_tiles(problem, device)
+        assert tiles[0] == strip.choose_tile(problem, device)
+        assert len(tiles) == len(set(tiles)) <= 4
+        assert all(strip.plan(problem, tile).shared_bytes <= device.shared_memory for tile in tiles)
+        assert tiles[0].row_blocks == (2 if length == 14 else 1)
+        alone = dataclasses.replace(problem, batch=1)
+        assert strip.choose_tile(alone, device).row_blocks == 1, "one image leaves SMs idle in larger tiles"
+
+
+def test_divisors_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = [0, 1, 2**31 - 1, *torch.randint(2**31, (200,), generator=generator).tolist()]
+    for divisor in [*range(1, 70), 2**16 + 1, 2**30 - 1, 2**30 + 1, 2**31 - 1]:
+        _, multiplier, shift = struct.unpack("<IIi", strip._pack_divisor(divisor))
+        near = [divisor * (number // divisor) + offset for number in numbers for offset in (-1, 0)]
+        for number in [*numbers, *(n for n in near if n >= 0)]:
+            assert number * multiplier >> shift == number // divisor
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,13 +191,14 @@ def test_strip_takes_its_tile_from_the_table(monkeypatch: pytest.MonkeyPatch) ->
     """An entry for the H200 decides; a device without a table has the formula's tile."""
     axis = Axis(14, 7)
     problem = Problem(128, (axis, axis), 8, 8, 32, 32, 32**-0.5, torch.bfloat16, CPU, rpb_dtype=torch.float32)
-    guess, *_, other = strip.candidate_tiles(problem, 227 << 10)
+    h200 = DeviceProperties((9, 0), 132, 227 << 10, "NVIDIA H200")
+    guess, *_, other = strip.candidate_tiles(problem, h200)
     entry = {"choice": str(other), "sources": tuning._digest_of([strip.plan(problem, guess).source])}
     table = tuning.TABLES / "nvidia-h200.json"
     table.write_text(json.dumps({strip._tuned_as(problem): entry}))
     tensors = [torch.empty(128, 14, 14, 8, 32, dtype=torch.bfloat16) for _ in range(3)]
-    for name, tile in (("NVIDIA H200", other), ("", guess)):
-        dry = DryRuntime(DeviceProperties((9, 0), 132, 227 << 10, name))
+    for device, tile in ((h200, other), (replace(h200, name=""), guess)):
+        dry = DryRuntime(device)
         with use_runtime("cpu", dry):
             strip.forward(problem, strip.Operands(*tensors, torch.empty(8, 13, 13)))
         assert list(dry.asked) == [strip.plan(problem, tile).source]

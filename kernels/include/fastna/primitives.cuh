@@ -23,6 +23,14 @@ FASTNA_DEVICE int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int
 FASTNA_DEVICE u32 block_index() { return blockIdx.x; }
 FASTNA_DEVICE u32 block_count() { return gridDim.x; }
 
+// A value that the compiler shall keep in a register: it would rather work it out again, every time round a loop.
+FASTNA_DEVICE void keep(u32& value) { asm volatile("" : "+r"(value)); }
+FASTNA_DEVICE void keep(int& value) { asm volatile("" : "+r"(value)); }
+template <class T>
+FASTNA_DEVICE void keep(T*& value) {
+  asm volatile("" : "+l"(value));
+}
+
 // ---- Numbers
 
 FASTNA_DEVICE float infinity() { return __int_as_float(0x7f800000); }

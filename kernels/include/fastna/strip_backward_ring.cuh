@@ -24,8 +24,9 @@ struct StripBackwardArguments {
   const void* rpb;        // [heads, 2 k_rows - 1, 2 k_columns - 1]
   float* grad_rpb;        // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
   Geometry geometry;
-  int step_rows, chunk_rows, chunks;  // rows of a step (at most 8); rows that a block walks; blocks per column tile
-  int tile_columns, tiles;
+  StripGrid grid;             // its strips are chunks: what a block walks
+  int step_rows, chunk_rows;  // rows of a step (at most 8), and of a chunk
+  int tile_columns;
   int ring_rows, pitch;  // what a ring holds: rows, and columns of each
   float scale_log2;      // scale * log2(e)
   int walk_rows;         // most rows that a walk meets, its halo and one more included; even
@@ -135,7 +136,7 @@ struct StripBackwardWalk {
   using ColumnAxis = SlidingAxis<Config::WINDOW_COLUMNS>;
 
   FASTNA_DEVICE explicit StripBackwardWalk(const StripBackwardArguments& args)
-      : place(strip_place(block_index(), args.geometry, args.tiles, args.chunks)) {
+      : place(strip_place(block_index(), args.geometry, args.grid)) {
     rows.begin = place.strip * args.chunk_rows;
     rows.end = minimum(rows.begin + args.chunk_rows, place.rows);
     columns.begin = place.tile * args.tile_columns;

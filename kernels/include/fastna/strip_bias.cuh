@@ -36,64 +36,78 @@ struct StripBias {
 
   // Slot of the pair of query columns that begins at `column`.
   FASTNA_DEVICE int slot(int column) const {
-    if (column < LEFT) return 1 + (column - first_column) / 2;
-    return column < right_begin ? 0 : 1 + left_pairs + (column - right_begin) / 2;
+    const int border = column < LEFT ? (column - first_column) >> 1 : left_pairs + ((column - right_begin) >> 1);
+    return column < LEFT || column >= right_begin ? 1 + border : 0;
   }
 
-  // Fills `table` (BYTES, aligned to 16) for the tile's `tile_columns` columns. `rpb`: one head's [2 WINDOW_ROWS - 1,
+  // Fills `table` (BYTES, aligned to 16) for the tile's `tile_columns` columns, a warp a slot. `rpb`: one head's [2 WINDOW_ROWS - 1,
   // 2 WINDOW_COLUMNS - 1]; never read unless HAS_RPB. All THREADS threads call; a barrier must follow.
   template <int THREADS, bool HAS_RPB, class Rpb>
   FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float inverse_scale, int tile_columns) const {
     const int right_pairs = maximum(minimum(columns, first_column + tile_columns) - right_begin + 1, 0) / 2;
-    const int quads = (1 + left_pairs + right_pairs) * LINES * 4;
-    for (int i = thread_index(); i < quads; i += THREADS) {
-      const int slot = i / (LINES * 4), line = i / 4 % LINES, q = i % 4;
-      float4 quad;
-      if (slot == 0) {
-        quad = entry<HAS_RPB>(rpb, inverse_scale, line, 2 * q, 0, 1, LEFT, LEFT + 1);
-      } else {
+#pragma unroll 1
+    for (int slot = warp_index(); slot < 1 + left_pairs + right_pairs; slot += THREADS / WARP) {
+      int begin[2] = {0, 1}, query[2] = {LEFT, LEFT + 1};  // both columns' first key and themselves, counted from the product's first key
+      if (slot != 0) {
         const int column = slot <= left_pairs ? first_column + 2 * (slot - 1) : right_begin + 2 * (slot - 1 - left_pairs);
         const int second = minimum(column + 1, columns - 1);
         const int key = first_product_key<WINDOW_COLUMNS>(column, columns, KEY_COLUMNS);
-        quad = entry<HAS_RPB>(rpb, inverse_scale, line, 2 * q, first_key<WINDOW_COLUMNS>(column, columns) - key,
-                     first_key<WINDOW_COLUMNS>(second, columns) - key, column - key, second - key);
+        begin[0] = first_key<WINDOW_COLUMNS>(column, columns) - key, begin[1] = first_key<WINDOW_COLUMNS>(second, columns) - key;
+        query[0] = column - key, query[1] = second - key;
       }
-      *reinterpret_cast<float4*>(table + slot * LINES * LINE + line * LINE + q * 16) = quad;
+      fill<HAS_RPB>(table + slot * LINES * LINE, rpb, inverse_scale, begin, query);
     }
-    for (int i = thread_index(); i < (KEY_ROWS + 1) * 4; i += THREADS) {
-      *reinterpret_cast<float4*>(table + MASKED_LINES * LINE + i * 16) = {MASKED, MASKED, MASKED, MASKED};
+    FASTNA_UNROLL
+    for (int base = 0; base < (KEY_ROWS + 1) * 4; base += THREADS) {
+      const int i = base + thread_index();
+      if (i < (KEY_ROWS + 1) * 4) *reinterpret_cast<float4*>(table + MASKED_LINES * LINE + i * 16) = {MASKED, MASKED, MASKED, MASKED};
     }
   }
 
   // What a lane keeps for its query row, see `offset`. `query` and `first_row` (of the keys) are rows of the map with `rows` rows.
   struct Row {
-    u32 visible;      // bit j: key row first_row + j is in the window
-    int line, masked;  // byte offsets of key row first_row in slot 0 and among the masked lines
+    u32 visible;  // bit j: key row first_row + j is in the window
+    int line;     // byte offset of key row first_row in slot 0
+
+    // Likewise among the masked lines: in the same half of the 128 bytes of banks, so that neighbouring query rows never collide.
+    FASTNA_DEVICE int masked() const { return MASKED_LINES * LINE + (line & (2 * LINE - 1)); }
   };
   FASTNA_DEVICE static Row row(int query, int first_row, int rows, int q) {
     const int line = first_row - query + WINDOW_ROWS - 1;
     Row result;
     result.visible = ((1u << WINDOW_ROWS) - 1) << (first_key<WINDOW_ROWS>(query, rows) - first_row);
     result.line = line * LINE + q * 16;
-    // Same half of the 128 bytes of banks as the line itself: neighbouring query rows never collide.
-    result.masked = (MASKED_LINES + (line & 1)) * LINE + q * 16;
     return result;
   }
 
  private:
-  // Bias of keys `key` and `key` + 1 for both columns, whose windows begin at `begin`, all counted from the product's first key.
+  // A slot's lines, a lane one of the quads of every eighth.
   template <bool HAS_RPB, class Rpb>
-  FASTNA_DEVICE static float4 entry(const Rpb* rpb, float inverse_scale, int line, int key, int begin0, int begin1, int query0,
-                                    int query1) {
-    const auto one = [=](int at, int begin, int query) {
-      float value = 0.0f;
-      if constexpr (HAS_RPB) {
-        const int seen = minimum(maximum(at, begin), begin + WINDOW_COLUMNS - 1);  // a read without a branch
-        value = to_float(load_readonly(rpb + line * (2 * WINDOW_COLUMNS - 1) + WINDOW_COLUMNS - 1 + seen - query)) * inverse_scale;
+  FASTNA_DEVICE static void fill(u8* lines, const Rpb* rpb, float inverse_scale, const int (&begin)[2], const int (&query)[2]) {
+    constexpr int WIDTH = 2 * WINDOW_COLUMNS - 1, STEP = WARP / 4;
+    const int first = lane_index() / 4, q = lane_index() % 4;
+    bool visible[4];
+    const Rpb* source[4];
+    FASTNA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int key = 2 * q + i % 2, from = begin[i / 2];
+      const int seen = minimum(maximum(key, from), from + WINDOW_COLUMNS - 1);  // a read without a branch
+      visible[i] = static_cast<u32>(key - from) < WINDOW_COLUMNS;
+      source[i] = rpb + first * WIDTH + WINDOW_COLUMNS - 1 + seen - query[i / 2];
+    }
+    FASTNA_UNROLL
+    for (int line = 0; line < LINES; line += STEP) {
+      if (line + STEP <= LINES || line + first < LINES) {
+        float quad[4];
+        FASTNA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float value = 0.0f;
+          if constexpr (HAS_RPB) value = to_float(load_readonly(source[i] + line * WIDTH)) * inverse_scale;
+          quad[i] = visible[i] ? value : MASKED;
+        }
+        *reinterpret_cast<float4*>(lines + (line + first) * LINE + q * 16) = {quad[0], quad[1], quad[2], quad[3]};
       }
-      return static_cast<u32>(at - begin) < WINDOW_COLUMNS ? value : MASKED;
-    };
-    return {one(key, begin0, query0), one(key + 1, begin0, query0), one(key, begin1, query1), one(key + 1, begin1, query1)};
+    }
   }
 };
 

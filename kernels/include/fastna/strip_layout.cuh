@@ -52,27 +52,39 @@ FASTNA_DEVICE int first_product_key(int position, int length, int count) {
 
 // Blocks are numbered heads fastest, then tiles along a row, strips, dilation groups, batch: what runs at the same time shares
 // sectors of DRAM and the halo in L2.
+// A divisor that the host prepared: of numbers below 2^31.
+struct Divisor {
+  u32 divisor, multiplier;
+  int shift;
+
+  FASTNA_DEVICE u32 quotient(u32 n) const { return static_cast<u32>(static_cast<u64>(n) * multiplier >> shift); }
+};
+// Its members count what the longest dilation group needs.
+struct StripGrid {
+  Divisor heads, tiles, strips, column_groups, row_groups;
+};
 struct StripPlace {
   int head, tile, strip, column_group, row_group, batch;
   int rows, columns;  // of this dilation group's map
 };
 
-FASTNA_DEVICE StripPlace strip_place(u32 block, const Geometry& geometry, int tiles, int strips) {
+FASTNA_DEVICE StripPlace strip_place(u32 block, const Geometry& geometry, const StripGrid& grid) {
   StripPlace place;
-  const auto digit = [&block](int base) {
-    const u32 quotient = block / static_cast<u32>(base);
-    const int remainder = static_cast<int>(block - quotient * static_cast<u32>(base));
+  const auto digit = [&block](const Divisor& base) {
+    const u32 quotient = base.quotient(block);
+    const int remainder = static_cast<int>(block - quotient * base.divisor);
     block = quotient;
     return remainder;
   };
-  place.head = digit(geometry.heads);
-  place.tile = digit(tiles);
-  place.strip = digit(strips);
-  place.column_group = digit(geometry.axis[2].dilation);
-  place.row_group = digit(geometry.axis[1].dilation);
+  place.head = digit(grid.heads);
+  place.tile = digit(grid.tiles);
+  place.strip = digit(grid.strips);
+  place.column_group = digit(grid.column_groups);
+  place.row_group = digit(grid.row_groups);
   place.batch = static_cast<int>(block);
-  place.rows = group_length(geometry.axis[1], place.row_group);
-  place.columns = group_length(geometry.axis[2], place.column_group);
+  // group_length of both axes
+  place.rows = grid.row_groups.quotient(geometry.axis[1].length - place.row_group + geometry.axis[1].dilation - 1);
+  place.columns = grid.column_groups.quotient(geometry.axis[2].length - place.column_group + geometry.axis[2].dilation - 1);
   return place;
 }
 
@@ -95,34 +107,38 @@ FASTNA_DEVICE MapView<T> map_view(const TensorArguments& tensor, const Geometry&
 
 // Issues the copies of ROWS x COLUMNS tokens from (row0, column0) of each view; tile k goes to shared address `shared[k]`. Only tile
 // rows in `rows` and tile columns below `columns` are read, the rest becomes zero: what a mask will suppress must not be NaN, since
-// 0 x NaN is NaN. All THREADS threads of the block call; the caller commits and waits.
+// 0 x NaN is NaN. All THREADS threads of the block call, a warp a row: then only the row's address changes from copy to copy. The
+// caller commits and waits.
 template <int THREADS, int HEAD_DIM, int ROWS, int COLUMNS, int COUNT, class T>
 FASTNA_DEVICE void load_map_tiles(const MapView<T> (&views)[COUNT], const u32 (&shared)[COUNT], int row0, int column0,
                                   Interval rows, int columns) {
   using Layout = TokenLayout<HEAD_DIM>;
   static_assert(COLUMNS % 2 == 0, "see TokenLayout");
-  static_assert(THREADS % Layout::CHUNKS == 0, "a pass copies whole tokens");
-  constexpr int STEP = THREADS / Layout::CHUNKS;
-  constexpr int PASSES = (ROWS * COLUMNS + STEP - 1) / STEP;
-  const int chunk = thread_index() % Layout::CHUNKS;
-  int row = thread_index() / Layout::CHUNKS / COLUMNS;
-  int column = thread_index() / Layout::CHUNKS % COLUMNS;
+  constexpr int STEP = WARP / Layout::CHUNKS;  // tokens of one copy; the swizzle of the next ones differs by FLIP, in every second copy
+  constexpr int PASSES = (COLUMNS + STEP - 1) / STEP;
+  constexpr u32 FLIP = STEP == 4 ? 2 << 4 : 0;
+  static_assert(STEP == 4 || STEP == 8, "see FLIP");
+  const int warp = warp_index(), chunk = lane_index() % Layout::CHUNKS, first = lane_index() / Layout::CHUNKS;
+  const T* sources[COUNT];
   FASTNA_UNROLL
-  for (int pass = 0; pass < PASSES; ++pass) {
-    if ((pass + 1) * STEP <= ROWS * COLUMNS || row < ROWS) {
-      const bool valid = rows.contains(row) && column < columns;
-      const u32 offset = static_cast<u32>(row * COLUMNS * Layout::BYTES) + Layout::offset(column, chunk);
-      FASTNA_UNROLL
-      for (int k = 0; k < COUNT; ++k) {
-        copy_async<16>(shared[k] + offset, views[k].at(row0 + row, column0 + column) + chunk * 8, valid);
+  for (int k = 0; k < COUNT; ++k) sources[k] = views[k].at(row0 + warp, column0 + first) + chunk * 8;
+  u32 at = warp * (COLUMNS * Layout::BYTES) + Layout::offset(first, chunk);
+#pragma unroll 1
+  for (int row = warp; row < ROWS; row += THREADS / WARP, at += THREADS / WARP * COLUMNS * Layout::BYTES) {
+    const int seen = rows.contains(row) ? columns : 0;
+    FASTNA_UNROLL
+    for (int pass = 0; pass < PASSES; ++pass) {
+      const int column = first + pass * STEP;
+      if ((pass + 1) * STEP <= COLUMNS || column < COLUMNS) {
+        FASTNA_UNROLL
+        for (int k = 0; k < COUNT; ++k) {
+          copy_async<16>(shared[k] + (at ^ (pass % 2 * FLIP)) + pass * STEP * Layout::BYTES, sources[k] + static_cast<i64>(pass * STEP) * views[k].column,
+                         column < seen);
+        }
       }
     }
-    row += STEP / COLUMNS;
-    column += STEP % COLUMNS;
-    if (column >= COLUMNS) {
-      column -= COLUMNS;
-      ++row;
-    }
+    FASTNA_UNROLL
+    for (int k = 0; k < COUNT; ++k) sources[k] += static_cast<i64>(THREADS / WARP) * views[k].row;
   }
 }
 
