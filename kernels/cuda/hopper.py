@@ -31,6 +31,8 @@ HOPPER_FORWARD = Struct(
     query=TENSOR_MAP,
     key=TENSOR_MAP,
     value=TENSOR_MAP,
+    additional_keys=TENSOR_MAP,
+    additional_values=TENSOR_MAP,
     output=TENSOR,
     lse=POINTER,
     geometry=GEOMETRY,
@@ -71,16 +73,25 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
     """Why tensor copies cannot read these tensors, in a few words; None where they can."""
-    named = (("query", operands.query), ("key", operands.key), ("value", operands.value))
-    return next((reason for name, tensor in named if (reason := hopper_tiles.why_not_tensor(name, tensor))), None)
+    for name in ("query", "key", "value", "additional_keys", "additional_values"):
+        tensor = getattr(operands, name)
+        if tensor is not None and (reason := hopper_tiles.why_not_tensor(name, tensor)):
+            return reason
+    return None
 
 
-def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None) -> KernelSource:
-    config = [tiles.config(dtype, head_dim, inverse=False), tiles.registers]
+def _source(
+    tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None, additional: bool = False
+) -> KernelSource:
+    config: list[object] = [tiles.config(dtype, head_dim, inverse=False), tiles.registers]
+    if bias is not None or additional:
+        config.append("NoBias" if bias is None else bias.config)
+    if additional:
+        config.append(True)
     return KernelSource(
         "src/hopper_forward.cuh",
         "hopper_forward",
-        instantiate("HopperForwardConfig", *config, *([] if bias is None else [bias.config])),
+        instantiate("HopperForwardConfig", *config),
         "HopperForwardArguments",
         tiles.threads,
         tiles.resident,
@@ -116,12 +127,15 @@ def _plan(problem: Problem, output_strides: tuple[int, ...]) -> tuple[KernelSour
         query=b"",
         key=b"",
         value=b"",
+        additional_keys=b"",
+        additional_values=b"",
         output=arguments.pack_tensor(output_strides, problem.rank),
         geometry=arguments.pack_geometry(problem),
         tiles=counts,
     )
-    specifics = problem.head_dim, bias_of(problem)
-    return _source(tiles, problem.dtype, *specifics), grid, _shared_bytes(tiles, *specifics), packed, tiles
+    bias = bias_of(problem)
+    source = _source(tiles, problem.dtype, problem.head_dim, bias, problem.additional > 0)
+    return source, grid, _shared_bytes(tiles, problem.head_dim, bias), packed, tiles
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
@@ -135,6 +149,9 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
         map_tensor(tensor, box, problem.dilation)
         for tensor, box in ((query, tiles.rows), (operands.key, tiles.columns), (operands.value, tiles.columns))
     )
+    if operands.additional_keys is not None and operands.additional_values is not None:
+        row = 1, 1, math.prod(tiles.columns)
+        maps += map_tensor(operands.additional_keys, row, (1,)) + map_tensor(operands.additional_values, row, (1,))
     packed = maps + packed[len(maps) :]
     kernel = runtime.kernel(source, problem.device)
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
@@ -164,3 +181,4 @@ def representative_sources() -> Iterable[KernelSource]:
             if dtype == torch.bfloat16:
                 windows = (1 if queries[0] == 1 else 7, 1 if queries[1] == 1 else 13, 13)
                 yield _source(tiles, dtype, head_dim, Bias(torch.float32, windows))
+                yield _source(tiles, dtype, head_dim, additional=True)

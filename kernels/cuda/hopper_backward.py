@@ -111,7 +111,7 @@ def shape_of(head_dim: int, part: Part) -> Shape:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the backward pass, in one sentence; None where it does."""
-    reason = hopper_tiles.why_not(problem)
+    reason = "its gradients take no additional keys" if problem.additional else hopper_tiles.why_not(problem)
     if reason is None and any(_tiles(problem, part) is None for part in parts(problem)):
         return why_no_tiles(problem)
     return reason

@@ -58,8 +58,8 @@ def why_not(problem: Problem) -> str | None:
     reason = hopper_tiles.why_not(problem)
     if reason is not None:
         return reason
-    if problem.has_rpb:
-        return "it takes no bias"
+    if problem.has_rpb or problem.additional:
+        return "it takes neither a bias nor additional keys"
     if problem.head_dim not in COLUMNS:
         return f"it takes a head_dim of {', '.join(map(str, COLUMNS))}, not {problem.head_dim}"
     return hopper_tiles.why_no_tiles(problem) if _tiles(problem) is None else None

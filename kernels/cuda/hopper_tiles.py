@@ -93,8 +93,6 @@ def why_not(problem: Problem) -> str | None:
         return f"it takes float16 and bfloat16, not {problem.dtype}"
     if problem.head_dim != problem.value_dim or problem.head_dim % 16 or problem.head_dim > 256:
         return f"it takes one head_dim, a multiple of 16 up to 256, not {problem.head_dim} and {problem.value_dim}"
-    if problem.additional:
-        return "it takes no additional keys"
     if problem.rpb_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         return f"it takes a bias in float32, float16 or bfloat16, not {problem.rpb_dtype}"
     if problem.scale <= 0:

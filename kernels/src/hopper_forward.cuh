@@ -12,6 +12,7 @@ namespace fastna {
 
 struct HopperForwardArguments {
   TensorMap query, key, value;
+  TensorMap additional_keys, additional_values;  // a box is a row of as many tokens as one of keys has
   TensorArguments output;
   float* lse;  // [batch, *space, heads], contiguous, natural logarithm
   Geometry geometry;
@@ -19,9 +20,10 @@ struct HopperForwardArguments {
   const void* rpb;
 };
 
-// REGISTERS: of each thread that multiplies. Bias: NoBias or a HopperBias.
-template <class Tiles_, int REGISTERS, class Bias_ = NoBias>
+// REGISTERS: of each thread that multiplies. Bias: NoBias or a HopperBias. ADDITIONAL: there are keys that every query sees.
+template <class Tiles_, int REGISTERS, class Bias_ = NoBias, bool ADDITIONAL_ = false>
 struct HopperForwardConfig {
+  static constexpr bool ADDITIONAL = ADDITIONAL_;
   using Tiles = Tiles_;
   using Bias = Bias_;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
@@ -34,7 +36,7 @@ struct HopperForward {
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
   using Bias = typename Config::Bias;
-  static constexpr bool BIAS = Bias::PRESENT;
+  static constexpr bool BIAS = Bias::PRESENT, ADDITIONAL = Config::ADDITIONAL;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, STAGES = Tiles::STAGES, GROUPS = Tiles::WARPGROUPS;
   static constexpr bool TURNS = GROUPS == 2;
   static constexpr int ALL_CONSUMERS = 7, FIRST_TURN = 8;  // named barriers
@@ -59,6 +61,19 @@ struct HopperForward {
   static FASTNA_DEVICE int stage(int step) { return step % STAGES; }
   static FASTNA_DEVICE u32 parity(int step) { return step / STAGES & 1; }
 
+  // Boxes of the window, then of additional keys.
+  FASTNA_DEVICE int steps() const { return place.steps() + (ADDITIONAL ? ceil_div(args.geometry.additional, N) : 0); }
+  FASTNA_DEVICE bool is_additional(int step) const { return ADDITIONAL && step >= place.steps(); }
+  FASTNA_DEVICE int first_additional(int step) const { return (step - place.steps()) * N; }
+
+  FASTNA_DEVICE void copy_keys(u8* to, int step, const TensorMap& map, const TensorMap& additional, MemoryBarrier& full, int channel,
+                               const int (&first)[3]) const {
+    if (!is_additional(step)) return place.copy_slices(to, N, map, full, channel, first);
+    FASTNA_UNROLL
+    for (int s = 0; s < Tiles::SLICES; ++s)
+      copy_box(to + s * N * ROW, additional, full, channel + s * SLICE, first_additional(step), 0, 0, place.batch);
+  }
+
   // One thread: the queries once, then every box of keys as its stage falls free.
   FASTNA_DEVICE void produce() {
     barrier_expect(shared.query_full, GROUPS * Tiles::ROWS_BYTES);
@@ -70,16 +85,16 @@ struct HopperForward {
     }
     const int channel = place.head / (args.geometry.heads / args.geometry.key_heads) * D;
     Walk walk{0, {0, 0, 0}, 0};
-    for (const int count = place.steps(); walk.step < count; place.advance(walk)) {
+    for (const int count = steps(); walk.step < count; place.advance(walk)) {
       const int s = stage(walk.step);
       const u32 free = parity(walk.step) ^ 1;
       const int first[3] = {place.box_begin(walk, 0), place.box_begin(walk, 1), place.box_begin(walk, 2)};
       barrier_wait(shared.key_empty[s], free);
       barrier_expect(shared.key_full[s], Tiles::BOX_BYTES);
-      place.copy_slices(shared.key[s], N, args.key, shared.key_full[s], channel, first);
+      copy_keys(shared.key[s], walk.step, args.key, args.additional_keys, shared.key_full[s], channel, first);
       barrier_wait(shared.value_empty[s], free);
       barrier_expect(shared.value_full[s], Tiles::BOX_BYTES);
-      place.copy_slices(shared.value[s], N, args.value, shared.value_full[s], channel, first);
+      copy_keys(shared.value[s], walk.step, args.value, args.additional_values, shared.value_full[s], channel, first);
     }
   }
 
@@ -134,8 +149,14 @@ struct HopperForward {
     };
     // Scores become weights 2^(unit (s - peak)); the sums and what is already summed up are brought to the new peak.
     const auto soften = [&](const Walk& walk) {
-      if constexpr (BIAS) bias.add(scores, place, walk, scale);
-      sight.hide(scores, walk, row, quad);
+      if (is_additional(walk.step)) {
+        const int left = args.geometry.additional - first_additional(walk.step);
+        FASTNA_UNROLL
+        for (int i = 0; i < N / 2; ++i) scores[i] = i / 4 * 8 + 2 * quad + i % 2 < left ? scores[i] * (BIAS ? scale : 1.0f) : -infinity();
+      } else {
+        if constexpr (BIAS) bias.add(scores, place, walk, scale);
+        sight.hide(scores, walk, row, quad);
+      }
       FASTNA_UNROLL
       for (int half_ = 0; half_ < 2; ++half_) {
         float top = peak[half_];
@@ -178,10 +199,11 @@ struct HopperForward {
     };
     if (w == 1) end_turn();
 
-    const int count = place.steps();
+    const auto needs = [&](const Walk& walk) { return is_additional(walk.step) ? !sight.idle : sight.needs(walk); };
+    const int count = steps();
     Walk walk{0, {0, 0, 0}, 0};
     const auto skip_unneeded = [&]() {
-      for (; walk.step < count && !sight.needs(walk); place.advance(walk)) {
+      for (; walk.step < count && !needs(walk); place.advance(walk)) {
         begin_turn();
         end_turn();
         // The stage is released only after it was filled: an arrival before that would count for its last use. Every warp releases it
@@ -206,7 +228,7 @@ struct HopperForward {
       pack();
       int last = walk.step;
       place.advance(walk);
-      while (walk.step < count && sight.needs(walk)) {
+      while (walk.step < count && needs(walk)) {
         begin_turn();
         multiply_query_key(walk.step);
         multiply_weights_value(last);

@@ -263,8 +263,8 @@ struct HopperGradient {
       release_added(last);
     }
     if (sight.idle) return;
-    if constexpr (FIRST) store(w, own, row, quad, thread, grad_first, args.geometry.scale, shared.first_rows[w], args.grad_first);
-    if constexpr (SECOND) store(w, own, row, quad, thread, grad_second, 1.0f, FIRST ? shared.second_rows[w] : shared.first_rows[w], args.grad_second);
+    if constexpr (FIRST) place.store(w, own, thread, grad_first, args.geometry.scale, shared.first_rows[w], args.grad_first);
+    if constexpr (SECOND) place.store(w, own, thread, grad_second, 1.0f, FIRST ? shared.second_rows[w] : shared.first_rows[w], args.grad_second);
   }
 
   FASTNA_DEVICE i64 token_index(const int (&at)[3]) const {
@@ -272,26 +272,6 @@ struct HopperGradient {
     FASTNA_UNROLL
     for (int a = 0; a < 3; ++a) index = index * args.geometry.axis[a].length + at[a];
     return index;
-  }
-
-  // Through `slot`, where this warpgroup's rows lie that are no longer needed.
-  FASTNA_DEVICE void store(int w, const int (&own)[3], int row, int quad, int thread, const float (&grad)[D / 2], float factor, u8* slot,
-                           const TensorArguments& to) {
-    FASTNA_UNROLL
-    for (int i = 0; i < D / 4; ++i) {
-      const int n = i / 2, half_ = i % 2;
-      const u32 at = n * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(row + 8 * half_, n * 8 % SLICE / 8) + quad * 4;
-      *reinterpret_cast<u32*>(slot + at) = pack2<T>(grad[2 * i] * factor, grad[2 * i + 1] * factor);
-    }
-    named_barrier(1 + w, 128);
-    constexpr int CHUNKS = D / 8;
-    for (int i = thread; i < 64 * CHUNKS; i += 128) {
-      const int r = i / CHUNKS, chunk = i % CHUNKS;
-      int at[3];
-      if (!place.locate(own, r, at)) continue;
-      const u32 from = chunk * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(r, chunk % (SLICE / 8));
-      store_global_16(element<T>(to, place.batch, at[0], at[1], at[2], place.head) + chunk * 8, load_global_16(slot + from));
-    }
   }
 };
 

@@ -128,6 +128,28 @@ struct HopperPlace {
     }
     return inside;
   }
+
+  // Gradients of the rows of warpgroup `w`, as accumulators hold them, times `factor`. `slot`: rows in shared memory that are no longer needed.
+  FASTNA_DEVICE void store(int w, const int (&own)[3], int thread, const float (&grad)[Tiles::HEAD_DIM / 2], float factor, u8* slot,
+                           const TensorArguments& to) const {
+    using T = typename Tiles::Element;
+    constexpr int D = Tiles::HEAD_DIM, SLICE = Tiles::SLICE, ROW = Tiles::ROW_BYTES, CHUNKS = D / 8;
+    const int row = thread / 32 * 16 + lane_index() / 4, quad = lane_index() & 3;
+    FASTNA_UNROLL
+    for (int i = 0; i < D / 4; ++i) {
+      const int n = i / 2, half_ = i % 2;
+      const u32 at = n * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(row + 8 * half_, n * 8 % SLICE / 8) + quad * 4;
+      *reinterpret_cast<u32*>(slot + at) = pack2<T>(grad[2 * i] * factor, grad[2 * i + 1] * factor);
+    }
+    named_barrier(1 + w, 128);
+    for (int i = thread; i < 64 * CHUNKS; i += 128) {
+      const int r = i / CHUNKS, chunk = i % CHUNKS;
+      int at[3];
+      if (!locate(own, r, at)) continue;
+      const u32 from = chunk * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(r, chunk % (SLICE / 8));
+      store_global_16(element<T>(to, batch, at[0], at[1], at[2], head) + chunk * 8, load_global_16(slot + from));
+    }
+  }
 };
 
 // What the rows of one warpgroup see: the union of their windows and the intersection.
