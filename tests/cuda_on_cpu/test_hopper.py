@@ -122,11 +122,9 @@ def test_packed_qkv_is_read_in_place(emulator: EmulatorRuntime) -> None:
 @pytest.mark.parametrize(
     ("axes", "rpb_dtype"),
     [
-        ((Axis(300, 140),), torch.float32),
-        ((Axis(20, 12), Axis(24, 13)), torch.float16),
+        ((Axis(300, 140),), torch.float16),
         ((Axis(33, 8, 3), Axis(26, 9, 2)), torch.bfloat16),
         ((Axis(18, 10, causal=True), Axis(21, 8, stride=5)), torch.float32),
-        ((Axis(6, 5), Axis(10, 6), Axis(13, 7)), torch.float32),
     ],
     ids=str,
 )
@@ -158,14 +156,13 @@ def test_additional_keys(
         assert "additional keys" in str(family.why_not(problem))
 
 
-@pytest.mark.parametrize("head_dim", [128, 192])
-def test_bias_at_large_head_dims(emulator: EmulatorRuntime, head_dim: int) -> None:
-    problem = make_problem(Axis(14, 9), Axis(19, 11), heads=2, head_dim=head_dim, rpb_dtype=torch.float16)
+def test_bias_at_a_large_head_dim(emulator: EmulatorRuntime) -> None:
+    problem = make_problem(Axis(14, 9), Axis(19, 11), heads=2, head_dim=192, rpb_dtype=torch.float16)
     check_forward(problem)
     check_backward(problem)
 
 
-@pytest.mark.parametrize("rows", [(1, 1, 64), (1, 16, 4), (1, 32, 2), (4, 16, 1)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1, 64), (1, 16, 4), (4, 16, 1)], ids=str)
 def test_bias_of_rows_in_any_box(
     emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, rows: tuple[int, int, int]
 ) -> None:
@@ -204,8 +201,6 @@ def test_dilations_that_leave_small_boxes(emulator: EmulatorRuntime) -> None:
     [
         ((Axis(300, 140),), 128),
         ((Axis(33, 8, 3), Axis(26, 9, 2)), 64),
-        ((Axis(18, 10, causal=True), Axis(21, 8, stride=5)), 64),
-        ((Axis(6, 5), Axis(10, 6), Axis(13, 7)), 128),
         ((Axis(9, 3, 2, causal=True), Axis(8, 6, stride=4), Axis(19, 5, 3)), 32),
     ],
     ids=str,
