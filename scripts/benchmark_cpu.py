@@ -56,7 +56,7 @@ def training(name: str, batch: int, size: int) -> Callable[[], object]:
 
 
 def attention_left_out(step: Callable[[], object]) -> Callable[[], object]:
-    """The step of one of our models with the operator giving back its values: as fast as any attention could make it."""
+    """The step of one of our models with the operator giving back its values: no attention could make it faster."""
 
     def bare() -> None:
         with mock.patch.object(models.layers, "na2d", lambda query, key, value, *_, **__: value):
