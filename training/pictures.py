@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from training.data.decode import in_mode
+
 LABELLED_CLASSES = 25  # beyond that, numbers and names in a confusion matrix are too small to read
 CURVES = {
     "Loss": ("train/loss_epoch", "val/loss", "val_ema/loss"),
@@ -110,7 +112,7 @@ def overlay(picture: Image.Image, weights: np.ndarray, marked: Sequence[tuple[fl
     side = 160
     scale = side / min(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
-    base = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
+    base = np.asarray(in_mode(picture, "RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
     heat = weights / max(float(weights.max()), 1e-12)
     heat_image = Image.fromarray((255 * heat).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
     strength = np.asarray(heat_image, np.float32)[..., None] / 255

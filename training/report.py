@@ -12,6 +12,7 @@ from PIL import Image
 from training.attention import as_picture, attention_panels, shown_layers
 from training.config import ReportConfig
 from training.data import ImageData
+from training.data.decode import in_mode
 from training.data.images import UNREADABLE
 from training.evaluation import Figures, summary_line
 from training.files import write_text
@@ -65,7 +66,7 @@ def template(name: str) -> Template:
 def thumbnail(picture: Image.Image) -> Image.Image:
     """The picture with its shorter side at a size that fits many in a row."""
     scale = THUMBNAIL / min(picture.size)
-    return picture.convert("RGB").resize((round(picture.width * scale), round(picture.height * scale)))
+    return in_mode(picture, "RGB").resize((round(picture.width * scale), round(picture.height * scale)))
 
 
 def mistakes(module: Classifier, data: ImageData, split: str, count: int) -> list[dict[str, Any]]:

@@ -127,3 +127,19 @@ def test_both_decoders_agree(tmp_path, mode, stored) -> None:
     expected = picture_to_pixels(Decoder().picture(content).convert(mode))
     assert pixels.shape == expected.shape == (1 if mode == "L" else 3, 30, 40)
     assert (pixels.int() - expected.int()).abs().float().mean() < 1
+
+
+@pytest.mark.parametrize("extension", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_sixteen_bits_a_pixel_keep_their_grey(tmp_path, extension, mode) -> None:
+    grey = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / f"a.{extension}")
+    pixels = Decoder().pixels((tmp_path / f"a.{extension}").read_bytes(), mode)
+    assert pixels.shape == (1 if mode == "L" else 3, 8, 8)
+    assert (pixels.numpy() == grey >> 8).all()
+
+
+def test_floating_point_pixels_are_refused(tmp_path) -> None:
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="floating-point pixels"):
+        Decoder().pixels((tmp_path / "a.tif").read_bytes(), "L")

@@ -60,7 +60,20 @@ class Decoder:
                 return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=wanted)
             except RuntimeError:
                 pass  # CMYK, or broken: PIL decodes it or says what is wrong
-        return picture_to_pixels(self.picture(data).convert(mode))
+        return picture_to_pixels(in_mode(self.picture(data), mode))
+
+
+def in_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """`picture` in `mode`, L or RGB. 16 bits a pixel become 8, where PIL alone would make all but the darkest white.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers, whose white nobody knows.
+    """
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels: save it with 8 or 16 bits a channel")
+    if picture.mode.startswith("I"):  # I;16, and I for 16 bits in some formats
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert(mode)
 
 
 def picture_to_pixels(picture: Image.Image) -> Tensor:

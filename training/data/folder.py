@@ -27,6 +27,11 @@ class ImageFiles(EncodedImages):
         return str(self.paths[index])
 
 
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name; `._photo.jpg`, which macOS leaves beside each photo.jpg, is none."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
 def class_folders(folder: Path) -> list[Path]:
     """The visible folders in `folder`, by name.
 
@@ -57,7 +62,7 @@ def scan(folder: Path, classes: list[str], decoder: Decoder) -> ImageFiles:
     paths: list[Path] = []
     targets: list[int] = []
     for target, name in enumerate(classes):
-        members = sorted(path for path in found[name].rglob("*") if path.suffix.lower() in EXTENSIONS)
+        members = sorted(path for path in found[name].rglob("*") if is_image(path))
         if not members:
             raise DataError(f"class folder {found[name]} holds no images ({', '.join(sorted(EXTENSIONS))})")
         paths += members

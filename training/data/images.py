@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from training.data.decode import UNREADABLE, EncodedImages, picture_to_pixels
+from training.data.decode import UNREADABLE, EncodedImages, in_mode, picture_to_pixels
 from training.data.sampling import Draw
 from training.data.workers import note_reading
 from training.errors import DataError, one_line
@@ -71,7 +71,7 @@ def load_pixels(images: Images, index: int, mode: str) -> Tensor:
         images, index = images.images, images.indices[index]
     if isinstance(images, EncodedImages):
         return images.load_pixels(index, mode)
-    return picture_to_pixels(images.load(index).convert(mode))
+    return picture_to_pixels(in_mode(images.load(index), mode))
 
 
 class Broken(NamedTuple):
@@ -131,7 +131,7 @@ class ImageReader(Dataset):
 
     def picture(self, index: int) -> Image.Image:
         """The image as stored, decoded and in the channels that the model takes."""
-        return self.images.load(index).convert(self.mode)
+        return in_mode(self.images.load(index), self.mode)
 
     def __getitem__(self, draw: Draw) -> Sample | PixelSample | Broken:
         note_reading(draw.index)

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from training.data.decode import UNREADABLE, Decoder
-from training.data.folder import EXTENSIONS
+from training.data.decode import UNREADABLE, Decoder, in_mode
+from training.data.folder import EXTENSIONS, is_image
 from training.data.tar import END_MARK
 from training.errors import DataError, one_line
 
@@ -32,7 +32,7 @@ def list_sources(inputs: list[str]) -> list[Path]:
         for pattern in _expand_braces(text):
             path = Path(pattern).expanduser()
             if path.is_dir():
-                paths = [p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS | {SHARD} and p.is_file()]
+                paths = [p for p in path.rglob("*") if (is_image(p) or p.suffix == SHARD) and p.is_file()]
             elif path.exists():
                 paths = [path]
             else:
@@ -111,6 +111,6 @@ class SourceImages(IterableDataset):
     def _read(self, place: tuple[int, int], label: str, content: Path | bytes) -> Item:
         try:
             picture = self.decoder.picture(content if isinstance(content, bytes) else content.read_bytes())
-            return Item(place, label, self.transform(picture.convert(self.mode)))
+            return Item(place, label, self.transform(in_mode(picture, self.mode)))
         except UNREADABLE as error:
             return Item(place, label, None, one_line(str(error)) or type(error).__name__)
