@@ -193,7 +193,7 @@ def build_trainer(
     else:
         profiler = config.profiler
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
@@ -227,6 +227,9 @@ def build_trainer(
         if type(error).__name__ == "MisconfigurationException":
             raise ConfigError(f"trainer: {one_line(str(error))}") from error
         raise
+    if trainer.precision != config.precision:  # Lightning warns, and goes on with another
+        raise ConfigError(f"trainer.precision={config.precision}: needs a GPU; on a CPU {trainer.precision} will do")
+    return trainer
 
 
 def is_interactive() -> bool:

@@ -36,6 +36,12 @@ def run_command(config_name: str, command: Callable[[DictConfig], None]) -> None
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+    except AssertionError as error:  # OmegaConf's, where a key is set within a group that is null
+        if "Unexpected type for root" not in str(error):
+            raise
+        key = next((word for word in sys.argv[1:] if word.startswith("data.")), "a key")
+        print(f"error: {key}: no data set is named here to set it for; give data=... as well", file=sys.stderr)
+        raise SystemExit(1) from None
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     if failures:

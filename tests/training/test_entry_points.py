@@ -67,6 +67,8 @@ def folder_arguments(root: Path, output: Path) -> list[str]:
         (["resume=/no/such.ckpt"], r"there is no checkpoint /no/such\.ckpt"),
         (["model.checkpoint=/no/such.pth"], r"model\.checkpoint: /no/such\.pth"),
         (["model.frozen_stages=99"], r"model\.frozen_stages=99"),
+        (["trainer.precision=16-mixed"], r"trainer\.precision=16-mixed: needs a GPU; on a CPU bf16-mixed will do"),
+        (["trainer.max_steps=0"], r"trainer\.max_steps=0: must be null or 1 or more"),
     ],
 )
 def test_bad_configuration_is_one_line_and_leaves_nothing(refused, tmp_path, arguments, said) -> None:
@@ -113,6 +115,11 @@ def test_evaluating_on_other_classes_is_refused(refused, short_run) -> None:
     line = refused(f"ckpt={last}", "data=digits", "data.classes=[0,1,2]", entry="eval")
     assert "10 classes" in line
     assert "3 classes" in line
+
+
+def test_a_key_of_data_without_data_is_named(refused, short_run) -> None:
+    line = refused(f"ckpt={short_run}/checkpoints/best.ckpt", "data.workers=0", entry="eval")
+    assert line.startswith("error: data.workers=0: no data set is named here")
 
 
 def test_not_a_number_stops_training_and_names_the_step(refused, tmp_path) -> None:
