@@ -30,12 +30,12 @@ class Done:
         return text
 
 
-def run(script: str, *arguments: object, check: bool = True) -> Done:
-    """`python SCRIPT ARGUMENTS` from the repository's root, without the seconds that a new process takes to start."""
+def run(script: str, *arguments: object, check: bool = True, folder: Path = ROOT) -> Done:
+    """`python SCRIPT ARGUMENTS` in `folder`, without the seconds that a new process takes to start."""
     out, err, before = io.StringIO(), io.StringIO(), (sys.argv, sys.path.copy(), os.getcwd())
     code: Any = 0
     sys.argv = [script, *map(str, arguments)]
-    os.chdir(ROOT)
+    os.chdir(folder)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
