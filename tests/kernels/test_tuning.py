@@ -227,6 +227,6 @@ def test_strip_tries_its_tiles_with_one_set_of_results() -> None:
     tensors = [torch.empty(1, 28, 28, 1, 32, dtype=torch.float16) for _ in range(3)]
     with use_runtime("cpu", Timing(PROPERTIES)):
         strip.bind_forward(problem, strip.Operands(*tensors))
-    assert len(launches) == len(strip.candidate_tiles(problem, PROPERTIES.shared_memory)) > 1
+    assert len(launches) == len(strip.candidate_tiles(problem, PROPERTIES)) > 1
     written = {arguments[strip.STRIP_FORWARD.offsets["output.data"] :][:8] for arguments in launches}
     assert len(written) == 1
