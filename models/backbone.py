@@ -1,6 +1,7 @@
-"""timm's model contract, written once: patch embedding, stages, norm, pooling, classifier."""
+"""timm's model contract, written once: patch embedding, stages, norm, pooling, classifier.
 
-from __future__ import annotations
+Annotations are evaluated here: torch.fx copies that of `forward` into the graph, where TorchScript wants a type.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +22,16 @@ class Backbone(nn.Module):
 
     stages_name = "layers"
     output_fmt = "NHWC"
-
-    patch_embed: nn.Module
-    norm: nn.Module
+    __jit_unused_properties__ = ("stages",)
 
     def __init__(self, num_classes: int, in_chans: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
+        # Declared here and not in the class, where TorchScript would read them as its own types.
+        self.patch_embed: nn.Module
+        self.layers: nn.Sequential
+        self.norm: nn.Module
         self.num_features = 0
         self.head_hidden_size = 0
         self.feature_info: list[dict[str, Any]] = []
@@ -149,7 +152,8 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `[batch, in_chans, height, width]` to normalised features `[batch, h, w, num_features]`."""
-        return self.norm(self.stages(self.patch_embed(x)))
+        # By name, which NAT overrides: TorchScript compiles no property that gives a module.
+        return self.norm(self.layers(self.patch_embed(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features to logits `[batch, num_classes]`, or to what the classifier sees with `pre_logits`."""

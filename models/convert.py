@@ -53,7 +53,7 @@ class ConvertedAttention(nn.Module):
     proj: nn.Module
     proj_drop: nn.Module
     scale: float
-    head_dim: int
+    num_heads: int
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class ConvertedAttention(nn.Module):
     def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[batch, tokens, heads, head_dim]`, normalised and rotated as the original does."""
         if self.qkv is None:
-            query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-            key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-            value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+            query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
+            key = self.k_proj(x).unflatten(-1, (self.num_heads, -1))
+            value = self.v_proj(x).unflatten(-1, (self.num_heads, -1))
         else:
             qkv = self.qkv(x)
             if getattr(self, "q_bias", None) is not None:
                 qkv = qkv + torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+            query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             query, key = (self._rotate(part, rope).type_as(value) for part in (query, key))
@@ -110,7 +110,7 @@ class ConvertedAttention(nn.Module):
                 "patches must reach every block whole and in order"
             )
         query, key, value = self.project(x, rope)
-        window, dilation = fit_window((height, width), self.window, self.dilation)
+        window, dilation = fit_window([height, width], list(self.window), list(self.dilation))
         maps = [part[:, self.prefix :].unflatten(1, (height, width)) for part in (query, key, value)]
         patches = na2d(
             maps[0],

@@ -32,8 +32,8 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, 2, (-3, -2))
         # Column by column within a patch: (even row, even column), (odd, even), (even, odd), (odd, odd).
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
-        return self.reduction(self.norm(x))
+        corners = [x[:, ::2, ::2], x[:, 1::2, ::2], x[:, ::2, 1::2], x[:, 1::2, 1::2]]
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
 
 
 class DiNATs(PyramidBackbone):

@@ -7,6 +7,7 @@ channels-last memory, so that nothing is copied between the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -20,15 +21,13 @@ HEAD_DIM = 32
 """Every published model has heads of 32 channels, whatever its width."""
 
 
-def fit_window(
-    size: Sequence[int], window: Sequence[int], dilation: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def fit_window(size: list[int], window: list[int], dilation: list[int]) -> tuple[list[int], list[int]]:
     """The window and dilation that a map of `size` tokens can hold, per axis.
 
     The window shrinks to the map, then the dilation to what is left: `min(k, n)` and `min(d, n // window)`.
     """
-    fitted = tuple(min(k, n) for k, n in zip(window, size, strict=True))
-    return fitted, tuple(min(d, n // k) for d, n, k in zip(dilation, size, fitted, strict=True))
+    fitted = [min(window[axis], n) for axis, n in enumerate(size)]
+    return fitted, [min(dilation[axis], n // fitted[axis]) for axis, n in enumerate(size)]
 
 
 def widest_dilations(
@@ -63,21 +62,21 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
     return [rate * block / max(depth - 1, 1) for block in range(depth)]
 
 
-def resample_rpb(rpb: Tensor, size: Sequence[int]) -> Tensor:
+def resample_rpb(rpb: Tensor, size: list[int]) -> Tensor:
     """Biases by position `[heads, *offsets]` resampled bicubically to `[heads, *size]`, as for the published files."""
-    resized = F.interpolate(rpb[None].float(), size=tuple(size), mode="bicubic", align_corners=False)[0]
+    resized = F.interpolate(rpb[None].float(), size=size, mode="bicubic", align_corners=False)[0]
     return resized.to(rpb.dtype)
 
 
-def fit_rpb(rpb: Tensor, window: Sequence[int]) -> Tensor:
+def fit_rpb(rpb: Tensor, window: list[int]) -> Tensor:
     """Bias `[heads, 2*k - 1, 2*k - 1]` for a `window` other than k: cropped about offset zero where the window shrinks,
     resampled where it grows (which only attention over a whole map ever asks for)."""
-    needed = [2 * w - 1 for w in window]
-    grown = [max(n, have) for n, have in zip(needed, rpb.shape[1:], strict=True)]
+    needed = [2 * k - 1 for k in window]
+    grown = [max(n, rpb.shape[1 + axis]) for axis, n in enumerate(needed)]
     if grown != list(rpb.shape[1:]):
         rpb = resample_rpb(rpb, grown)
-    for axis, (n, have) in enumerate(zip(needed, grown, strict=True), start=1):
-        rpb = rpb.narrow(axis, (have - n) // 2, n)
+    for axis, n in enumerate(needed):
+        rpb = rpb.narrow(1 + axis, (grown[axis] - n) // 2, n)
     return rpb
 
 
@@ -114,23 +113,35 @@ class NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def window_for(self, height: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def window_for(self, height: int, width: int) -> tuple[list[int], list[int]]:
         """Window and dilation used on a map of `height` x `width` tokens."""
         if self.is_global:
-            return (height, width), (1, 1)
-        return fit_window((height, width), (self.kernel_size,) * 2, (self.dilation,) * 2)
+            return [height, width], [1, 1]
+        return fit_window([height, width], [self.kernel_size] * 2, [self.dilation] * 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[batch, height, width, heads, head_dim]`: views of one product, not copies."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(-3)
         return query, key, value
 
     def forward(self, x: Tensor) -> Tensor:
         window, dilation = self.window_for(x.shape[1], x.shape[2])
         query, key, value = self.project(x)
         rpb = fit_rpb(self.rpb, window)
-        x = na2d(query, key, value, window, dilation=dilation, rpb=rpb, backend=self.backend)
+        if torch.jit.is_scripting():
+            # TorchScript knows the registered operator, but no arguments that are an int or a sequence.
+            x = torch.ops.fastna.forward(
+                query, key, value, rpb, None, None, window, dilation, [1, 1], [False, False], query.shape[-1] ** -0.5,
+                self.backend,
+            )[0]  # fmt: skip
+        else:
+            x = na2d(query, key, value, window, dilation=dilation, rpb=rpb, backend=self.backend)
         return self.proj_drop(self.proj(x.flatten(-2)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        # The published ViT-RPB files hold the index of each pair into `rpb`, which follows from the map's size.
+        state_dict.pop(prefix + "relative_position_index", None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         reach = "global" if self.is_global else f"dilation={self.dilation}"
@@ -179,7 +190,7 @@ class Block(nn.Module):
         return x + self.drop_path(mixed if self.gamma2 is None else self.gamma2 * mixed)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
+        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
             return checkpoint(self._forward, x)
         return self._forward(x)
 

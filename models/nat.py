@@ -103,6 +103,9 @@ class NAT(PyramidBackbone):
         self.levels = nn.Sequential(*levels)
         self._finish(dim, global_pool, drop_rate)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.norm(self.levels(self.patch_embed(x)))
+
 
 def _cfg(path: str = "", **overrides: Any) -> dict[str, Any]:
     return published(path, first_conv="patch_embed.proj.0", **overrides)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 
@@ -55,12 +57,18 @@ def build(
 ) -> BackboneT:
     """A model of timm's registry, with its published weights when `pretrained`.
 
-    `features_only=True` among the `arguments` gives timm's wrapper around the features of `out_indices` instead.
+    Among the `arguments`, `device` and `dtype` say where and in what the parameters are made, and `features_only=True`
+    gives timm's wrapper around the features of `out_indices` instead.
     Raises CheckpointError when the weights cannot be fetched.
     """
+
+    def make(device: torch.device | str | None = None, dtype: torch.dtype | None = None, **rest: Any) -> BackboneT:
+        with nullcontext() if device is None else torch.device(device):
+            return model_class(**rest).to(dtype=dtype)
+
     try:
         return build_model_with_cfg(
-            model_class,
+            make,
             variant,
             pretrained,
             feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import create_feature_extractor
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.model import freeze
 
@@ -257,6 +258,31 @@ def test_compiles_into_one_graph(name):
     x = images(64, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["nat_base", "dinat_s_tiny", "vitrpb_small"])
+@torch.no_grad()
+def test_scripts_and_goes_through_a_file(name, tmp_path):
+    model = make(name).eval()
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    scripted = torch.jit.load(tmp_path / "model.pt")
+    for size in ((64, 64), (33, 90)):  # windows follow the map in the script too
+        torch.testing.assert_close(scripted(images(*size)), model(images(*size)))
+
+
+@torch.no_grad()
+def test_a_traced_graph_scripts(name):
+    model = make(name).eval()
+    traced = create_feature_extractor(model, return_nodes=["head"])
+    scripted = torch.jit.script(traced)
+    torch.testing.assert_close(scripted(images(64, 64))["head"], model(images(64, 64)))
+
+
+def test_models_are_made_on_the_device_and_in_the_dtype_asked_for(name):
+    model = make(name, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    with torch.device("meta"):
+        assert {p.device.type for p in make(name, device="cpu").parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("name", ["nat_base", "dinat_s_tiny", "dinat_isotropic_small"])
