@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from timm.models import adapt_input_conv
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -67,7 +66,7 @@ def load_checkpoint(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
 
     Fitted: a head of another class count is left re-initialised, the first convolution is adapted to other `in_chans`
     as timm does, biases by position are resampled to another window bicubically. Nothing else may differ. The model is
-    untouched when an error is raised.
+    untouched when an error is raised. Names in messages are this project's, which are the original files'.
 
     Raises CheckpointError when the file is absent, unreadable, or holds keys or shapes that are not the model's.
     """
@@ -171,13 +170,15 @@ def _from_hugging_face(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     native: dict[str, Tensor] = {}
     for key, value in renamed.items():
         block, _, leaf = key.rpartition(".")
-        if leaf == "layer_scale_parameters":
+        if leaf == "layer_scale_parameters" and len(value) == 2:
             native[f"{block}.gamma1"], native[f"{block}.gamma2"] = value.unbind(0)
-        elif block.endswith(".attn.query"):
-            rows = [renamed.get(f"{block.removesuffix('query')}{part}.{leaf}") for part in ("query", "key", "value")]
-            if all(row is not None for row in rows):
-                native[f"{block.removesuffix('query')}qkv.{leaf}"] = torch.cat([row for row in rows if row is not None])
-        elif not block.endswith((".attn.key", ".attn.value")):
+        elif block.endswith((".attn.query", ".attn.key", ".attn.value")):
+            attention = block.rpartition(".")[0]
+            rows = [renamed.get(f"{attention}.{part}.{leaf}") for part in ("query", "key", "value")]
+            fitting = [row for row in rows if row is not None and row.shape == value.shape]
+            # A part without its like stays under its own name, to be named as unexpected.
+            native |= {f"{attention}.qkv.{leaf}": torch.cat(fitting)} if len(fitting) == 3 else {key: value}
+        else:
             native[key] = value
     return native
 
@@ -189,6 +190,15 @@ def _from_hugging_face(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class _Fit:
     changed: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """The first convolution `[dim, in_chans, height, width]` for another number of channels, as timm does from three:
+    one channel gets the sum over all; more take turns with the file's, scaled so that a grey image looks the same."""
+    have = weight.shape[1]
+    if channels == 1:
+        return weight.float().sum(1, keepdim=True).to(weight.dtype)
+    return weight[:, torch.arange(channels) % have] * (have / channels)
 
 
 def _names(model: nn.Module) -> tuple[str, str | None]:
@@ -220,8 +230,8 @@ def _fit(state_dict: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, 
             report.reinitialised.append(key)
         elif value.shape == like.shape:
             fitted[key] = value
-        elif key == f"{first_conv}.weight" and value.ndim == 4 and value.shape[1] == 3:
-            fitted[key] = adapt_input_conv(like.shape[1], value)
+        elif key == f"{first_conv}.weight" and value.ndim == 4 and len(value) == len(like):
+            fitted[key] = adapt_channels(value, like.shape[1])
             report.changed.append(f"{key}: {value.shape[1]} -> {like.shape[1]} channels")
         elif key.endswith(".rpb") and value.ndim == like.ndim and len(value) == len(like):
             fitted[key] = resample_rpb(value, like.shape[1:])

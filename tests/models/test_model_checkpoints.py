@@ -13,7 +13,7 @@ from published import fill, layouts, state_dict
 from timm.models import _builder
 
 import models
-from models.checkpoints import native_state_dict
+from models.checkpoints import adapt_channels, native_state_dict
 
 TINY = {"embed_dim": 32, "depths": (1, 1, 1, 1), "init_values": 0.1}
 
@@ -160,6 +160,21 @@ def test_other_channels_see_the_same_grey_image(file, channels):
         torch.testing.assert_close(other(grey), colour(grey.expand(-1, 3, -1, -1)), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_three_channels_become_others_as_in_timm(channels):
+    weight = torch.randn(8, 3, 4, 4)
+    torch.testing.assert_close(adapt_channels(weight, channels), timm.models.adapt_input_conv(channels, weight))
+
+
+@torch.no_grad()
+def test_a_grey_model_s_file_serves_colour(tmp_path):
+    grey, colour = make(in_chans=1).eval(), make().eval()
+    torch.save(grey.state_dict(), tmp_path / "grey.pth")
+    models.load_checkpoint(colour, tmp_path / "grey.pth")
+    image = torch.randn(1, 1, 32, 32)
+    torch.testing.assert_close(colour(image.expand(-1, 3, -1, -1)), grey(image))
+
+
 def test_another_window_resamples_the_bias(file):
     model = make(kernel_size=11)
     report = models.load_checkpoint(model, file)
@@ -191,6 +206,25 @@ def test_keys_that_do_not_fit_are_all_named(tmp_path):
     assert error.unexpected == ("levels.9.extra",)
     for key in (*error.missing, *error.unexpected, "levels.0.blocks.0.mlp.fc1.bias (3,) where the model has (64,)"):
         assert key in str(error)
+
+
+def test_hugging_face_parts_that_do_not_fit_together_are_named(tmp_path):
+    content = to_hugging_face(weights())
+    del content["nat.encoder.levels.0.layers.0.attention.self.key.weight"]
+    content["nat.encoder.levels.1.layers.0.attention.self.value.bias"] = torch.zeros(3)
+    content["nat.encoder.levels.2.layers.0.layer_scale_parameters"] = torch.zeros(3, 128)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    error = refused(make(), tmp_path / "pytorch_model.bin")
+    blocks = [f"levels.{level}.blocks.0" for level in range(3)]
+    assert {f"{blocks[0]}.attn.qkv.weight", f"{blocks[1]}.attn.qkv.bias", f"{blocks[2]}.gamma1"} < set(error.missing)
+    assert {f"{blocks[0]}.attn.query.weight", f"{blocks[1]}.attn.value.bias"} < set(error.unexpected)
+
+
+def test_published_files_load_without_any_help():
+    """Strictly, as timm's `checkpoint_path` does: the index that ViT-RPB files hold follows from the map."""
+    model = timm.create_model("vitrpb_small", embed_dim=64, depth=2)
+    content = model.state_dict() | {f"layers.{i}.attn.relative_position_index": torch.zeros(9, 9) for i in range(2)}
+    model.load_state_dict(content, strict=True)
 
 
 def test_a_checkpoint_of_another_model(file):
