@@ -69,10 +69,12 @@ class Reference:
         query, key, value, scores = self._scores(problem, operands)
         p = (scores - _heads_first(lse[..., None], problem)).exp()
         do = _heads_first(grad_output, problem)
-        delta = (do * _heads_first(output, problem)).sum(-1, keepdim=True)
+        dp = do @ value.mT
+        # sum(do * output, -1), but free of the rounding of `output` to half precision.
+        delta = (p * dp).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - _heads_first(grad_lse[..., None], problem)
-        ds = p * (do @ value.mT - delta)
+        ds = p * (dp - delta)
         grad_query = problem.scale * ds @ key
         grad_key = _sum_shared_heads(problem.scale * ds.mT @ query, problem)
         grad_value = _sum_shared_heads(p.mT @ do, problem)
