@@ -55,11 +55,16 @@ class Unavailable:
         raise RuntimeError(self.reason)
 
 
+def require_known(name: str) -> None:
+    """That there is a backend called `name`."""
+    if not isinstance(name, str) or name not in MODULES:
+        raise ValueError(f"backend={name!r} is unknown; it must be one of {', '.join(MODULES)}, or None for the best")
+
+
 @cache
 def load(name: str) -> Backend:
     """The backend called `name`, imported on first use: a machine without CUDA never imports CuPy."""
-    if name not in MODULES:
-        raise ValueError(f"backend={name!r} is unknown; it must be one of {', '.join(MODULES)}, or None for the best")
+    require_known(name)
     try:
         backend: Backend = import_module(MODULES[name]).BACKEND
     except ImportError as error:

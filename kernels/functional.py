@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import operators
-from kernels.dispatch import MODULES, Explanation, explain_problem
+from kernels.dispatch import Explanation, explain_problem, require_known
 from kernels.validation import (
     BoolPerAxis,
     IntPerAxis,
@@ -55,10 +55,8 @@ def _arguments(
 
 
 def _attend(rank: int | None, return_lse: bool, backend: str | None, *call: Any) -> Any:
-    if backend is not None and backend not in MODULES:
-        raise ValueError(
-            f"backend={backend!r} is unknown; it must be one of {', '.join(MODULES)}, or None for the best"
-        )
+    if backend is not None:
+        require_known(backend)
     results = operators.forward(*_arguments(rank, *call), backend)
     return results if return_lse else results[0]
 
@@ -217,6 +215,8 @@ def explain(
         additional_keys,
         additional_values,
     )
+    if backend is not None:
+        require_known(backend)
     return explain_problem(describe(*call), backend)
 
 
@@ -231,6 +231,12 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
         The merged output, in the dtype of the first, and the merged lse: `lse = log(sum exp(lse_i))`,
         `output = sum exp(lse_i - lse) * output_i`.
     """
+    for name, tensors in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(tensors, Sequence):
+            raise TypeError(f"{name} must be a sequence of Tensors, one per set of keys, not {type(tensors).__name__}")
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] must be a Tensor, not {type(tensor).__name__}")
     if not outputs or len(outputs) != len(lses):
         raise ValueError(
             f"outputs has {len(outputs)} tensors, lses has {len(lses)}; give one lse per output, and at least one"

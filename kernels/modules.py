@@ -49,8 +49,8 @@ class _NeighborhoodAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}")
+        if not isinstance(num_heads, int) or num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} must be a positive multiple of num_heads={num_heads}")
         self.dim = dim
         self.num_heads = num_heads
         self.kernel_size = tuple(ints_per_axis("kernel_size", kernel_size, self.rank))
@@ -76,6 +76,11 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[batch, *space, dim]` to the same. The three slices of the packed projection are taken without a copy."""
+        if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; {type(self).__name__} takes [batch, *space, dim], channels last, with "
+                f"a space of {self.rank} axes and dim={self.dim}"
+            )
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         kernel_size, dilation, rpb = self.fit(x.shape[1:-1])
         x = neighborhood_attention(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,14 +28,12 @@ def rank_of(query: Tensor, rank: int | None) -> int:
         if not 1 <= rank <= MAX_RANK:
             raise ValueError(
                 f"query has {query.dim()} dimensions {tuple(query.shape)}; [batch, *space, heads, head_dim] with a "
-                f"space of "
-                f"1 to {MAX_RANK} axes has 4 to {MAX_RANK + 3}"
+                f"space of 1 to {MAX_RANK} axes has 4 to {MAX_RANK + 3}"
             )
     elif query.dim() != rank + 3:
         raise ValueError(
             f"query has {query.dim()} dimensions {tuple(query.shape)}; na{rank}d takes {rank + 3}: [batch, *space, "
-            f"heads, "
-            f"head_dim] with a space of {rank} axes (neighborhood_attention takes any rank)"
+            f"heads, head_dim] with a space of {rank} axes (neighborhood_attention takes any rank)"
         )
     return rank
 
@@ -53,21 +53,33 @@ def bools_per_axis(name: str, value: BoolPerAxis, rank: int) -> list[bool]:
 
 
 def _per_axis(name: str, value: Any, rank: int, kind: type, called: str) -> list[Any]:
-    if not isinstance(value, (tuple, list)) or not all(type(item) is kind for item in value):
+    """`value` as a list of `rank` items of Python's own `kind`; NumPy's ints and any sequence are taken too."""
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    items = [item if type(item) is kind else _plain(item, kind) for item in (value if listed else [value])]
+    if None in items:
         raise TypeError(f"{name}={value!r} must be {called}, or a tuple of {rank} of them, one per axis of the space")
-    if len(value) != rank:
+    if not listed:
+        return items * rank
+    if len(items) != rank:
         raise ValueError(
-            f"{name}={value!r} has {len(value)} items, the space has {rank} axes; give one per axis, or {called} for "
+            f"{name}={value!r} has {len(items)} items, the space has {rank} axes; give one per axis, or {called} for "
             f"all"
         )
-    return list(value)
+    return items
+
+
+def _plain(item: Any, kind: type) -> int | None:
+    """`item` as an int, if one is wanted and it is one in all but type; a bool is none."""
+    # Of torch.SymInt too: a window as long as an axis of an exported program fixes that axis.
+    is_int = isinstance(item, (Integral, torch.SymInt)) and not isinstance(item, bool)
+    return operator.index(item) if kind is int and is_int else None
 
 
 def scale_of(scale: float | None, query: Tensor) -> float:
     """`scale`, or `head_dim ** -0.5` where it is None."""
     if scale is None:
         return max(query.size(-1), 1) ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale={scale!r} must be a float, or None for head_dim ** -0.5, not {type(scale).__name__}")
     return float(scale)
 
@@ -77,7 +89,9 @@ OPERANDS = ("query", "key", "value", "rpb", "additional_keys", "additional_value
 
 
 def require_tensors(*operands: Tensor | None) -> None:
-    """That every operand given, in the order of `OPERANDS`, is a dense Tensor."""
+    """That every operand given, in the order of `OPERANDS`, is a dense Tensor, and that the first three are given."""
+    if operands[1] is None or operands[2] is None:
+        raise TypeError(f"{'value' if operands[2] is None else 'key'} must be a Tensor, not NoneType")
     for tensor in operands:
         if tensor is not None and getattr(tensor, "layout", None) is not _STRIDED:
             name = next(name for name, other in zip(OPERANDS, operands, strict=True) if other is tensor)
@@ -211,8 +225,7 @@ def _check_shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int
         if shape[: rank + 1] != query[: rank + 1]:
             raise ValueError(
                 f"{name} has batch and space {tuple(shape[: rank + 1])}, query has {tuple(query[: rank + 1])}; they "
-                f"must be "
-                f"equal in the layout {layout} (heads after the space)"
+                f"must be equal in the layout {layout} (heads after the space)"
             )
     if key[-2] != value[-2]:
         raise ValueError(
@@ -231,8 +244,7 @@ def _check_shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int
     if query[-2] % key[-2]:
         raise ValueError(
             f"query has {query[-2]} heads, key and value have {key[-2]}; the heads of query must be a multiple of "
-            f"theirs "
-            "(each key head serves equally many query heads)"
+            f"theirs (each key head serves equally many query heads)"
         )
 
 
@@ -246,15 +258,18 @@ def _axis(index: int, length: int, window: int, dilation: int, stride: int, caus
         raise ValueError(
             f"stride={stride} on {here}: it must lie between 1 and kernel_size={window}, else keys fall between windows"
         )
+    if window > length:
+        raise ValueError(
+            f"kernel_size={window} with dilation={dilation} on {here}: the window is larger than the axis; "
+            + (f"take kernel_size <= {max(length // dilation, 1)}" if length else "the axis must not be empty")
+            + (" and dilation = 1" if dilation > length > 0 else "")
+        )
     if window * dilation > length:
         raise ValueError(
             f"kernel_size={window} with dilation={dilation} on {here}: kernel_size * dilation = {window * dilation} "
-            f"must not "
-            f"exceed the length; take kernel_size <= {length // dilation} or dilation <= {max(length // window, 1)}"
-            if window <= length
-            else f"kernel_size={window} with dilation={dilation} on {here}: the window is larger than the axis; take "
-            f"kernel_size <= {length // dilation if dilation <= length else length}"
-            + (" and dilation = 1" if dilation > length else "")
+            f"must not exceed the length; take "
+            + (f"kernel_size <= {length // dilation} or " if dilation <= length else "")
+            + f"dilation <= {length // window}"
         )
     return Axis(length, window, dilation, stride, causal)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import UserList
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from operator_calls import Call, assert_same, results
@@ -65,6 +67,13 @@ def test_full_window_is_scaled_dot_product_attention() -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first)
     found = na2d(query, key, value, (4, 5))
     torch.testing.assert_close(found, expected.transpose(1, 2).unflatten(1, (4, 5)))
+
+
+def test_windows_may_come_as_any_sequence_of_any_integers() -> None:
+    tensors = qkv(1, 8, 9, 2, 4)
+    expected = na2d(*tensors, (3, 4), dilation=2, scale=0.5)
+    for window in ([3, 4], torch.Size((3, 4)), (np.int64(3), np.int8(4)), UserList((3, 4))):
+        assert torch.equal(na2d(*tensors, window, dilation=np.int32(2), scale=np.float32(0.5)), expected)
 
 
 def test_packed_projection_is_read_in_place() -> None:
@@ -186,6 +195,37 @@ def test_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("call", [SLIDING_CALL, DENSE_CALL], ids=["sliding", "dense"])
+def test_gradients_by_torch_func(call: Call) -> None:
+    """`torch.func.grad`, and per sample with `vmap` around it, equal `backward()`."""
+    tensors = call.tensors()
+    names = tuple(tensors)
+
+    def loss(*values: Tensor) -> Tensor:
+        named = dict(zip(names, values, strict=True))
+        output, lse = neighborhood_attention(**named, **call.windows, return_lse=True)
+        return output.square().sum() + lse.sum()
+
+    everything = tuple(range(len(names)))
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, everything)(*tensors.values()), expected)
+
+    over_batch = tuple(None if name == "rpb" else 0 for name in names)
+    values = [tensor if name == "rpb" else tensor.unsqueeze(1) for name, tensor in tensors.items()]
+    per_sample = torch.func.vmap(torch.func.grad(loss, everything), over_batch)(*values)
+    for name, found, whole in zip(names, per_sample, expected, strict=True):
+        torch.testing.assert_close(found.sum(0) if name == "rpb" else found.squeeze(1), whole)
+
+
+def test_forward_mode_is_refused_not_zero() -> None:
+    query, key, value = qkv(1, 5, 1, 4)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: na1d(q, key, value, 3), (query,), (query,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        na1d(torch.autograd.forward_ad.make_dual(query, query), key, value, 3)
+
+
 def test_explain_names_every_backend() -> None:
     explanation = explain(*qkv(1, 8, 8, 2, 4), 3)
     backend = "tiled" if explanation.reasons["native"] else "native"  # without a C++ compiler
@@ -219,6 +259,16 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("float window", {"kernel_size": 3.0}, TypeError, "kernel_size=3.0 must be an int"),
     ("bool window", {"kernel_size": True}, TypeError, "kernel_size=True must be an int"),
     ("int causal", {"is_causal": 1}, TypeError, "is_causal=1 must be a bool"),
+    ("NumPy bool", {"dilation": np.True_}, TypeError, r"dilation=np\.True_ must be an int"),
+    ("string window", {"kernel_size": "33"}, TypeError, "kernel_size='33' must be an int"),
+    ("no windows", {"kernel_size": ()}, ValueError, r"kernel_size=\(\) has 0 items, the space has 2 axes"),
+    (
+        "dilation alone too large",
+        {"kernel_size": 1, "dilation": 9},
+        ValueError,
+        r"dilation=9 on axis 0 of length 6: .* = 9 must not exceed the length; take dilation <= 6$",
+    ),
+    ("empty axis", {"query": Q[:, :0], "key": Q[:, :0], "value": Q[:, :0]}, ValueError, "axis must not be empty"),
     ("string causal", {"is_causal": "false"}, TypeError, "is_causal='false' must be a bool"),
     ("scale", {"scale": math.nan}, ValueError, "scale=nan must be finite"),
     ("scale type", {"scale": "1"}, TypeError, "scale='1' must be a float"),
@@ -238,6 +288,9 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         "additional_keys has 2 keys, additional_values has 3",
     ),
+    ("no key", {"key": None}, TypeError, "key must be a Tensor, not NoneType"),
+    ("no value", {"value": None}, TypeError, "value must be a Tensor, not NoneType"),
+    ("backends", {"backend": ["tiled"]}, ValueError, r"backend=\['tiled'\] is unknown; it must be one of"),
     ("backend", {"backend": "cutlass"}, ValueError, "backend='cutlass' is unknown; it must be one of fused, gemm"),
 ]
 
@@ -246,9 +299,31 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 def test_bad_input_is_named(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         neighborhood_attention(**({"query": Q, "key": Q, "value": Q, "kernel_size": 3} | changed))
-    if "backend" not in changed:
-        with pytest.raises(error, match=message):
-            explain(**({"query": Q, "key": Q, "value": Q, "kernel_size": 3} | changed))
+    with pytest.raises(error, match=message):
+        explain(**({"query": Q, "key": Q, "value": Q, "kernel_size": 3} | changed))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "lses", "error", "message"),
+    [
+        (Q, [Q[..., 0]], TypeError, "outputs must be a sequence of Tensors, one per set of keys, not Tensor"),
+        ([Q, None], [Q[..., 0]] * 2, TypeError, r"outputs\[1\] must be a Tensor, not NoneType"),
+        ([], [], ValueError, "outputs has 0 tensors, lses has 0"),
+        ([Q, Q[:, 1:]], [Q[..., 0]] * 2, ValueError, r"outputs\[1\] has shape \(1, 5, 7, 4, 8\)"),
+        ([Q], [Q], ValueError, r"lses\[0\] has shape \(1, 6, 7, 4, 8\); it must be that of outputs\[0\]"),
+    ],
+)
+def test_what_cannot_be_merged_is_named(outputs: Any, lses: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        merge_attentions(outputs, lses)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 7, 7), (1, 7, 8), (1, 7, 7, 7, 8)])
+def test_a_module_says_which_layout_it_takes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ValueError, match=r"takes \[batch, \*space, dim\], channels last, with a space of 2 axes and dim=8"
+    ):
+        kernels.NeighborhoodAttention2d(8, 2, 3)(torch.zeros(shape))
 
 
 def test_a_backend_that_does_not_serve_says_why() -> None:
