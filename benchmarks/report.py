@@ -148,7 +148,21 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
             f"{mode}, {'images/s' if value == 'images_per_second' else 'of Swin-T'}" for value, mode in wide
         ]
         found["cpu"] = wide.reset_index()
+    if memory := [path for path in paths if path.name == "memory.jsonl"]:
+        found["memory"] = _memory_table(summary.load(memory, index=("map", "direction"))[0])
     return {name: table for name, table in found.items() if len(table)}
+
+
+def _memory_table(records: pd.DataFrame) -> pd.DataFrame:
+    """MiB of query, key, value and output, and the peak of each direction in MiB and as a multiple of those."""
+    peaks = records.pivot_table(index=["map", "operands_bytes"], columns="direction", values="peak_bytes", sort=False)
+    table = peaks.reset_index().rename(columns={"operands_bytes": "inputs and output, MiB"})
+    operands = table["inputs and output, MiB"]
+    for direction in peaks.columns:
+        table[f"{direction}, of these"] = table[direction] / operands
+        table[direction] /= 2**20
+    table["inputs and output, MiB"] = operands / 2**20
+    return table.rename(columns={direction: f"{direction}, peak MiB" for direction in peaks.columns})
 
 
 def fill_marked_tables(text: str, root: Path) -> str:
