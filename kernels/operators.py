@@ -215,33 +215,12 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-class _TransformedAttention(torch.autograd.Function):
-    """As `_Attention`, for torch.func's transforms, which unwrap the tensors between the computation and its record."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        output: tuple[Tensor, Tensor] = forward(*inputs)
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)
-        ctx.arguments = inputs[6:]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        found = _Attention.backward(ctx, *gradients)
-        return (*found[:6], *(None for _ in ctx.arguments))
-
-
 def _refuse_forward_mode(tensors: Sequence[Tensor | None]) -> None:
     """Without this a tangent would be dropped, which reads as a derivative of zero."""
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError(
             "neighborhood attention has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
-            "differentiate in reverse mode, by backward(), torch.func.vjp or torch.func.grad"
+            "differentiate in reverse mode, by backward() or torch.autograd.grad"
         )
 
 
@@ -250,7 +229,10 @@ def _forward_autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         _refuse_forward_mode(inputs[:6])
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs[:6]):
         if torch._C._are_functorch_transforms_active():
-            return _TransformedAttention.apply(*inputs)
+            raise RuntimeError(
+                "neighborhood attention is not differentiated by torch.func (grad, vjp, jacrev): use backward() or "
+                "torch.autograd.grad, or kernels.decomposed(), under which it is made of PyTorch's own functions"
+            )
         return _Attention.apply(*inputs[:6], keys, inputs[6:])
     return _below_autograd(forward, _forward, keys, inputs)
 

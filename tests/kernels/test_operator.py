@@ -195,27 +195,18 @@ def test_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("call", [SLIDING_CALL, DENSE_CALL], ids=["sliding", "dense"])
-def test_gradients_by_torch_func(call: Call) -> None:
-    """`torch.func.grad`, and per sample with `vmap` around it, equal `backward()`."""
-    tensors = call.tensors()
-    names = tuple(tensors)
+def test_torch_func_differentiates_the_decomposed_operator() -> None:
+    query, key, value = qkv(1, 5, 1, 4)
 
-    def loss(*values: Tensor) -> Tensor:
-        named = dict(zip(names, values, strict=True))
-        output, lse = neighborhood_attention(**named, **call.windows, return_lse=True)
-        return output.square().sum() + lse.sum()
+    def loss(q: Tensor) -> Tensor:
+        return na1d(q, key, value, 3).square().sum()
 
-    everything = tuple(range(len(names)))
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    torch.testing.assert_close(torch.func.grad(loss, everything)(*tensors.values()), expected)
-
-    over_batch = tuple(None if name == "rpb" else 0 for name in names)
-    values = [tensor if name == "rpb" else tensor.unsqueeze(1) for name, tensor in tensors.items()]
-    per_sample = torch.func.vmap(torch.func.grad(loss, everything), over_batch)(*values)
-    for name, found, whole in zip(names, per_sample, expected, strict=True):
-        torch.testing.assert_close(found.sum(0) if name == "rpb" else found.squeeze(1), whole)
+    with pytest.raises(RuntimeError, match=r"not differentiated by torch\.func .* kernels\.decomposed"):
+        torch.func.grad(loss)(query)
+    leaf = query.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    with kernels.decomposed():
+        torch.testing.assert_close(torch.func.grad(loss)(query), expected)
 
 
 def test_forward_mode_is_refused_not_zero() -> None:
