@@ -12,6 +12,7 @@ import pandas as pd
 
 from benchmarks import plots, summary
 from benchmarks.cases import DTYPES
+from benchmarks.data import STEPS
 from benchmarks.floors import CEILINGS
 from benchmarks.models import PAPER, label
 
@@ -107,6 +108,14 @@ def compare_models(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
     return joined.rename(columns={"images_per_second": "images/s"}).sort_values("speed-up")
 
 
+def data_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Microseconds per image of each step, images/s of a core and its slowest step, for each reader and decoder."""
+    shown = frame[["reader", "decoder", *(f"{step}_us" for step in STEPS), "images_per_second_per_core", "bottleneck"]]
+    return shown.rename(
+        columns=lambda name: name.removesuffix("_us").replace("images_per_second_per_core", "images/s per core")
+    )
+
+
 def _frames(paths: list[Path], needed: bool = True) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:
     """Records of kernels and of models, and the facts of the runs they come from.
 
@@ -150,6 +159,12 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
         found["cpu"] = wide.reset_index()
     if memory := [path for path in paths if path.name == "memory.jsonl"]:
         found["memory"] = _memory_table(summary.load(memory, index=("map", "direction"))[0])
+    for name, index, make in (
+        ("data", ("reader", "decoder", "augmented_on", "image_size"), data_table),
+        ("transfer-digits", ("epochs", "side", "rate", "seed"), summary.transfer_table),
+    ):
+        if files := [path for path in paths if path.name == f"{name}.jsonl"]:
+            found[name] = make(summary.load(files, index=index)[0])
     return {name: table for name, table in found.items() if len(table)}
 
 

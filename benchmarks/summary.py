@@ -119,6 +119,29 @@ def case_table(frame: pd.DataFrame, direction: str) -> pd.DataFrame:
     return times.reset_index()
 
 
+def transfer_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Fine-tuned against from scratch: for each number of epochs the test top-1 in % over the seeds.
+
+    Each side at the learning rate whose mean validation accuracy is best; of equal ones, the lowest.
+    """
+    rows = []
+    for (epochs, side), runs in frame.groupby(["epochs", "side"], sort=False):
+        rate = runs.groupby("rate")["val_top1"].mean().idxmax()
+        test = 100 * runs[runs["rate"] == rate]["test_top1"]
+        rows.append(
+            {
+                "epochs": epochs,
+                "side": side,
+                "learning rate": rate,
+                "test top-1, mean, %": test.mean(),
+                "lowest": test.min(),
+                "highest": test.max(),
+                "seeds": len(test),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def format_number(value: object) -> str:
     """A figure as a table shows it: three significant digits, `-` for none."""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="*", help="JSON-lines files, or folders of them")
     parser.add_argument("--against", type=Path, nargs="+", help="earlier results to compare with")
     parser.add_argument("--html", type=Path, help="where to write the report (default: report.html beside the results)")
-    parser.add_argument("--readme", action="store_true", help="make the tables that README.md marks anew")
+    parser.add_argument("--readme", action="store_true", help="make the tables that README.md and docs/ mark anew")
     options = parser.parse_args()
     if bool(options.results) == options.readme:
         parser.error("name results, or say --readme")
     if options.readme:
-        readme = ROOT / "README.md"
-        readme.write_text(report.fill_marked_tables(readme.read_text(), ROOT))
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+            page.write_text(report.fill_marked_tables(page.read_text(), ROOT))
         return
     try:
         html = report.build(files(options.results), files(options.against) if options.against else None)

@@ -85,5 +85,7 @@ def test_make_knows_every_target_that_is_shown():
     assert targets <= known
 
 
-def test_the_tables_are_those_of_the_results():
-    assert report.fill_marked_tables(README, ROOT) == README
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_the_tables_are_those_of_the_results(page):
+    text = (ROOT / page).read_text()
+    assert report.fill_marked_tables(text, ROOT) == text

@@ -72,6 +72,12 @@ class SavedRun:
         """The data configuration of the run."""
         return data_from_plain(self.config["data"])
 
+    @property
+    def best_value(self) -> float | None:
+        """The highest validation top-1 (of the average, where there is one) up to this checkpoint."""
+        states = self.content.get("callbacks", {})
+        return next((state["best_value"] for name, state in states.items() if "RunCheckpoint" in name), None)
+
     def weights(self, averaged: bool = True) -> dict[str, Tensor]:
         """The model's state dict under its bare keys: the average where there is one and it is wanted."""
         if averaged and "ema_state_dict" in self.content:
