@@ -38,7 +38,7 @@ from training.checkpoint import (
 )
 from training.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, to_plain
 from training.data import ImageData, open_splits
-from training.errors import CheckpointError, ConfigError, TrainingError, UserError, one_line
+from training.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError, one_line
 from training.evaluation import Figures, compute_figures, figures_table, write_figures
 from training.files import write_text
 from training.inference.loading import Loaded, load_model
@@ -71,6 +71,8 @@ def train(config: TrainConfig) -> Outcome:
     if getattr(config.data, "labels", None) is not None:
         raise ConfigError(f"data.labels={config.data.labels}: the set serves evaluation only (eval.py)")
     splits = open_splits(config.data)
+    if len(splits.classes) < 2:
+        raise DataError(f"data={config.data.name} has one class, {splits.classes[0]!r}: there is nothing to tell apart")
     arguments = model_arguments(config.model, len(splits.classes), config.data.in_chans, config.data.image_size)
     description = describe_run(config, arguments, splits.classes)
     saved = find_resumed(config)

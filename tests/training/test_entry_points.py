@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -78,6 +79,12 @@ def test_bad_configuration_is_one_line_and_leaves_nothing(refused, tmp_path, arg
 def test_class_folder_without_images_is_named(refused, pictures, tmp_path) -> None:
     (pictures / "empty").mkdir()
     assert f"{pictures}/empty holds no images" in refused(*folder_arguments(pictures, tmp_path / "outputs"))
+
+
+def test_a_single_class_is_refused(refused, pictures, tmp_path) -> None:
+    shutil.rmtree(pictures / "light")
+    line = refused(*folder_arguments(pictures, tmp_path / "outputs"))
+    assert line == "error: data=imagefolder has one class, 'dark': there is nothing to tell apart"
 
 
 def test_validation_class_unknown_to_training_is_named(refused, pictures, tmp_path) -> None:
