@@ -17,8 +17,8 @@ from kernels.problem import Axis, Problem
 @cache
 def visible_and_offset(axis: Axis) -> tuple[Tensor, Tensor]:
     """For each pair of an axis: whether the query sees the key, and its index into rpb, both [queries, keys]."""
-    visible = torch.zeros(axis.length, axis.length, dtype=torch.bool)
-    offset = torch.zeros(axis.length, axis.length, dtype=torch.long)
+    visible = torch.zeros(axis.length, axis.length, dtype=torch.bool, device="cpu")
+    offset = torch.zeros(axis.length, axis.length, dtype=torch.long, device="cpu")
     for query in range(axis.length):
         position, group = divmod(query, axis.dilation)
         for key_position in range(*axis.window_at(position, axis.group_length(group))):
@@ -30,8 +30,8 @@ def visible_and_offset(axis: Axis) -> tuple[Tensor, Tensor]:
 
 def pairs(problem: Problem) -> tuple[Tensor, Tensor]:
     """As `visible_and_offset` for all axes at once, [tokens, tokens]; the index is into rpb with its axes flattened."""
-    visible = torch.ones(1, 1, dtype=torch.bool)
-    offset = torch.zeros(1, 1, dtype=torch.long)
+    visible = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    offset = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     for axis in problem.axes:
         axis_visible, axis_offset = visible_and_offset(axis)
         size = visible.shape[0] * axis.length

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from kernels.problem import MAX_RANK, Axis, Problem
 
 PADDING = 16  # WIDE in layout.h
 LOG2_E = math.log2(math.e)
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults are
 # A task's keys and values should stay in a core's own cache, and tasks be many enough to share out evenly.
 CACHE_BYTES = 1 << 20
 TASKS_PER_THREAD = 4
@@ -73,7 +75,8 @@ def _window_table(axis: Axis) -> Tensor:
     windows = [
         axis.window_at(token // axis.dilation, axis.group_length(token % axis.dilation)) for token in range(axis.length)
     ]
-    return torch.tensor([(start, end - start) for start, end in windows], dtype=torch.int32).T.contiguous()
+    table = torch.tensor([(start, end - start) for start, end in windows], dtype=torch.int32, device="cpu")
+    return table.T.contiguous()
 
 
 def _chunk(problem: Problem, threads: int) -> int:
@@ -130,7 +133,7 @@ def _arguments(problem: Problem, operands: Operands, chunked: bool) -> tuple[Arg
         tensors += extras
     if operands.rpb is not None:
         bias = operands.rpb.new_zeros(operands.rpb.numel() + 2 * PADDING, dtype=torch.float32)
-        torch.mul(operands.rpb.flatten(), LOG2_E, out=bias[PADDING:-PADDING])
+        torch.mul(operands.rpb.flatten().float(), LOG2_E, out=bias[PADDING:-PADDING])
         call.bias = bias[PADDING:].data_ptr()
         tensors.append(bias)
     return call, tensors
@@ -154,6 +157,11 @@ class Native:
         return build.why_not_here()
 
     def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+        output, lse = self._forward(problem, operands)
+        return output.to(problem.dtype), lse
+
+    def _forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+        """The results, both in float32."""
         call, tensors = _arguments(problem, operands, chunked=True)
         shape = (problem.batch, *problem.space, problem.heads)
         output = tensors[0].new_empty((*shape, problem.value_dim))
@@ -161,7 +169,7 @@ class Native:
         call.tensor("output", output, problem.rank)
         call.tensor("lse", lse, problem.rank)
         _run("fastna_forward", call)
-        return output.to(problem.dtype), lse
+        return output, lse
 
     def backward(
         self,
@@ -173,12 +181,16 @@ class Native:
         grad_lse: Tensor | None,
         needs_rpb_grad: bool,
     ) -> Gradients:
+        if problem.dtype != torch.float32:
+            # From an output rounded to 16 bits, delta may be off by more than ds is large.
+            output, lse = self._forward(problem, operands)
         call, tensors = _arguments(problem, operands, chunked=False)
         query, key, value = tensors[:3]
-        given = {"output": output.float(), "lse": lse, "grad_output": grad_output.float()}
+        given = {"output": output, "lse": lse, "grad_output": grad_output.float()}
         if grad_lse is not None:
             given["grad_lse"] = grad_lse
-        grads = {f"grad_{name}": torch.empty(t.shape) for name, t in (("query", query), ("key", key), ("value", value))}
+        named = {"query": query, "key": key, "value": value}
+        grads = {f"grad_{name}": tensor.new_empty(tensor.shape) for name, tensor in named.items()}
         for name, tensor in (given | grads).items():
             call.tensor(name, tensor, problem.rank)
         tasks = problem.batch * problem.key_heads * math.prod(problem.dilation)
@@ -204,10 +216,10 @@ class _Sums:
         self.bias = self.keys = self.values = None
         if needs_rpb_grad:
             size = problem.heads // problem.key_heads * math.prod(problem.rpb_shape[1:])
-            self.bias = torch.zeros(tasks, size + 2 * PADDING)
+            self.bias = torch.zeros(tasks, size + 2 * PADDING, **FLOATS)
         if problem.additional:
-            self.keys = torch.empty(tasks, problem.additional, problem.head_dim)
-            self.values = torch.empty(tasks, problem.additional, problem.value_dim)
+            self.keys = torch.empty(tasks, problem.additional, problem.head_dim, **FLOATS)
+            self.values = torch.empty(tasks, problem.additional, problem.value_dim, **FLOATS)
 
     def put_into(self, call: Arguments) -> None:
         if self.bias is not None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from operator_calls import Call, assert_same, calls, results
 
 from kernels import calls as bound_calls
-from kernels import explain, na1d, na2d
+from kernels import explain, na1d, na2d, neighborhood_attention
 from kernels.cpu import build, native
 from kernels.errors import CompilationError
 from kernels.problem import Axis
@@ -59,6 +59,41 @@ LONG = {"kernel_size": (301,), "dilation": (1,), "stride": (64,), "is_causal": (
 )  # fmt: skip
 def test_sizes_beyond_the_random_ones(call: Call) -> None:
     assert_exact(call, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_do_not_inherit_the_rounding_of_the_output(dtype: torch.dtype) -> None:
+    """The sum over many queries nearly cancels, and delta from an output in 16 bits would be most of what is left."""
+    axes = {"kernel_size": (1, 4), "dilation": (5, 1), "stride": (1, 2), "is_causal": (False, False)}
+    for seed in range(60):
+        assert_exact(Call(1, (5, 4), 1, 1, 1, 4, False, 1, -0.7, seed, axes), dtype)
+
+
+def test_lse_of_a_bias_in_16_bits_is_that_of_float32() -> None:
+    tensors = Call(1, (9, 8), 2, 1, 4, 4, True, 0, None, 0, WINDOWS | {"kernel_size": (3, 3)}).tensors()
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    found, expected = (
+        neighborhood_attention(**tensors, kernel_size=3, return_lse=True, backend=backend)[1]
+        for backend in ("native", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_defaults_of_dtype_and_device_change_nothing() -> None:
+    call = Call(1, (9, 8), 2, 1, 4, 4, True, 2, None, 0, WINDOWS | {"kernel_size": (3, 3), "dilation": (1, 1)})
+    tensors = call.tensors(torch.float32)
+    expected = results(call, tensors, "native")
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = results(call, tensors, "native")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(found, expected, 0)
+    native._window_table.cache_clear()
+    native._plan.cache_clear()
+    with torch.device("meta"):
+        output = neighborhood_attention(**tensors, **call.windows, backend="native")
+    torch.testing.assert_close(output, expected["output"], rtol=0, atol=0)
 
 
 def test_packed_qkv_and_the_same_bits_twice() -> None:
