@@ -12,7 +12,8 @@ struct Backward : Task<LANES> {
   using Base::a;
   Columns values, extra_values;
   Vectors key_vectors, grad_key, grad_value, extra_key_vectors, grad_extra_key, grad_extra_value;
-  float *grad_output[2], *gradients[2];  // of the queries at work, and of their scores
+  Vectors directions;       // grad_output of the queries at work
+  float* gradient_memory;   // of their scores
   float *sum, *grad_bias;
   const int64_t task;
 
@@ -20,14 +21,14 @@ struct Backward : Task<LANES> {
       : Base(a, batch, key_head, group), values(this->columns(a.value_dim)), extra_values(this->extra_columns(a.value_dim)),
         key_vectors{a.head_dim, group.columns()}, grad_key(key_vectors), grad_value{a.value_dim, group.columns()},
         extra_key_vectors{a.head_dim, a.additional}, grad_extra_key(extra_key_vectors),
-        grad_extra_value{a.value_dim, a.additional}, task(task) {
+        grad_extra_value{a.value_dim, a.additional}, directions{a.value_dim, Block::MOST}, task(task) {
     this->want(memory);
     memory.want(values, group.rows());
     memory.want(extra_values, 1);
     for (Vectors* vectors : {&key_vectors, &grad_key, &grad_value}) memory.want(*vectors, group.rows());
     for (Vectors* vectors : {&extra_key_vectors, &grad_extra_key, &grad_extra_value}) memory.want(*vectors, 1);
-    for (float*& piece : grad_output) memory.want(&piece, grad_value.pitch());
-    for (float*& piece : gradients) memory.want(&piece, this->scores_in(this->most_rows));
+    memory.want(directions, 1);
+    memory.want(&gradient_memory, this->block_size() * this->scores_each());
     memory.want(&sum, key_vectors.pitch());
     memory.provide();
     this->read(a.key, this->keys, a.additional_key, this->extra_keys);
@@ -38,55 +39,6 @@ struct Backward : Task<LANES> {
     grad_bias = a.grad_bias ? a.grad_bias + task * (this->shared * a.bias_size + 2 * WIDE) + WIDE : nullptr;
   }
 
-  template <int QUERIES>
-  struct At {
-    int relative[QUERIES];
-    const float *query[QUERIES], *output[QUERIES], *grad_output[QUERIES];
-    float lse[QUERIES], grad_lse[QUERIES];
-    float* grad_query[QUERIES];
-  };
-
-  template <int QUERIES>
-  void attend(const Window (&windows)[QUERIES], const At<QUERIES>& at, const float* bias, float* head_grad_bias) {
-    const float *query[QUERIES], *direction[QUERIES];
-    float *scores[QUERIES], *extra[QUERIES], *ds[QUERIES], *extra_ds[QUERIES];
-    float delta[QUERIES];
-    for (int q = 0; q < QUERIES; q++) {
-      padded_copy(at.query[q], a.head_dim, a.scale * LOG2_E, this->query[q]);
-      padded_copy(at.grad_output[q], a.value_dim, 1, grad_output[q]);
-      query[q] = this->query[q];
-      direction[q] = grad_output[q];
-      scores[q] = this->scores[q];
-      extra[q] = this->extra_scores(windows[q], scores[q]);
-      ds[q] = gradients[q];
-      extra_ds[q] = this->extra_scores(windows[q], ds[q]);
-      delta[q] = dot(grad_output[q], at.output[q], a.value_dim) - at.grad_lse[q];
-    }
-    const Window extra_window = this->extra_window();
-    scores_of<LANES>(this->keys, query, windows[0], scores);
-    scores_of<LANES>(values, direction, windows[0], ds);
-    if (a.additional) {
-      scores_of<LANES>(this->extra_keys, query, extra_window, extra);
-      scores_of<LANES>(extra_values, direction, extra_window, extra_ds);
-    }
-    for (int q = 0; q < QUERIES; q++) {
-      const Window& window = windows[q];
-      const float lse = at.lse[q] * LOG2_E;
-      differentiate<LANES>(window, bias ? bias + at.relative[q] : nullptr, lse, delta[q], scores[q], ds[q]);
-      if (head_grad_bias) add_to_bias<LANES>(window, ds[q], head_grad_bias + at.relative[q]);
-      weighted<false>(key_vectors, window, ds[q], sum);
-      if (a.additional) {
-        differentiate<LANES>(extra_window, nullptr, lse, delta[q], extra[q], extra_ds[q]);
-        weighted<true>(extra_key_vectors, extra_window, extra_ds[q], sum);
-        spread(grad_extra_key, {extra_window}, {extra_ds[q]}, {query[q]});
-        spread(grad_extra_value, {extra_window}, {extra[q]}, {direction[q]});
-      }
-      scaled_copy(sum, a.head_dim, a.scale, at.grad_query[q]);
-    }
-    spread(grad_key, windows, ds, query);
-    spread(grad_value, windows, scores, direction);
-  }
-
   void run() {
     for (int i = 0; i < this->shared; i++) {
       const int head = this->key_head * this->shared + i;
@@ -94,37 +46,77 @@ struct Backward : Task<LANES> {
       float* head_grad_bias = grad_bias ? grad_bias + i * a.bias_size : nullptr;
       const auto& range = this->group.queries;
       each_row(range, [&](int y, int x) {
-        const int rows = this->find_rows(y, x);
         const TensorRow query = this->row(a.query, head, range, y, x);
         const TensorRow output = this->row(a.output, head, range, y, x);
         const TensorRow grad_output = this->row(a.grad_output, head, range, y, x);
         const TensorRow grad_query = this->row(a.grad_query, head, range, y, x);
         const TensorRow lse = this->row(a.lse, head, range, y, x);
         const TensorRow grad_lse = this->row(a.grad_lse, head, range, y, x);
-        auto find = [&](auto& at, int q, const Window& window, int column) {
-          at.relative[q] = this->relative(window, column);
-          at.query[q] = query.read(column, a.head_dim);
-          at.output[q] = output.read(column, a.value_dim);
-          at.grad_output[q] = grad_output.read(column, a.value_dim);
-          at.grad_query[q] = grad_query.write(column);
-          at.lse[q] = *lse.write(column);
-          at.grad_lse[q] = a.grad_lse.data ? *grad_lse.write(column) : 0;
-        };
-        this->each_pair(
-            rows,
-            [&](int column, const Window (&windows)[2]) {
-              At<2> at;
-              for (int q = 0; q < 2; q++) find(at, q, windows[q], column + q);
-              attend(windows, at, bias, head_grad_bias);
-            },
-            [&](int column, const Window (&windows)[1]) {
-              At<1> at;
-              find(at, 0, windows[0], column);
-              attend(windows, at, bias, head_grad_bias);
-            });
+        this->each_block(this->find_rows(y, x), [&](const Block& block) {
+          float delta[Block::MOST];
+          for (int i = 0; i < block.count; i++) {
+            const int column = block.column + i;
+            padded_copy(query.read(column, a.head_dim), a.head_dim, a.scale * LOG2_E, this->query(i));
+            padded_copy(grad_output.read(column, a.value_dim), a.value_dim, 1, direction(i));
+            delta[i] = dot(direction(i), output.read(column, a.value_dim), a.value_dim);
+            if (a.grad_lse.data) delta[i] -= *grad_lse.write(column);
+          }
+          auto query_of = [&](int i) { return this->query(i); };
+          auto direction_of = [&](int i) { return direction(i); };
+          auto scores_of = [&](int i) { return this->scores(i); };
+          auto gradients_of = [&](int i) { return gradients(i); };
+          this->multiply(block, this->keys, this->extra_keys, query_of, scores_of);
+          this->multiply(block, values, extra_values, direction_of, gradients_of);
+          for (int i = 0; i < block.count; i++)
+            find_gradients(block.windows[i], i, this->relative(block.windows[i], block.column + i), bias, head_grad_bias,
+                           *lse.write(block.column + i) * LOG2_E, delta[i]);
+          this->combine(block, key_vectors, extra_key_vectors, sum, gradients_of, [&](int i, const float* sum) {
+            scaled_copy(sum, a.head_dim, a.scale, grad_query.write(block.column + i));
+          });
+          add_to_all(block, grad_key, grad_extra_key, gradients_of, query_of);
+          add_to_all(block, grad_value, grad_extra_value, scores_of, direction_of);
+        });
       });
     }
     write();
+  }
+
+ private:
+  float* direction(int i) const { return directions.vector(0, i); }
+  float* gradients(int i) const { return gradient_memory + i * this->scores_each(); }
+
+  // Query i's scores become weights, its products with the values gradients of the scores; those of the bias are added.
+  void find_gradients(const Window& window, int i, int relative, const float* bias, float* head_grad_bias, float lse,
+                      float delta) const {
+    float *weights = this->scores(i), *ds = gradients(i);
+    differentiate<LANES>(window, bias ? bias + relative : nullptr, lse, delta, weights, ds);
+    if (head_grad_bias) add_to_bias<LANES>(window, ds, head_grad_bias + relative);
+    if (a.additional)
+      differentiate<LANES>(this->extra_window(), nullptr, lse, delta, this->extra(window, weights), this->extra(window, ds));
+  }
+
+  // vectors += weight * the query's own vector, for every key of every query of the block
+  template <class WeightsOf, class VectorOf>
+  void add_to_all(const Block& block, const Vectors& vectors, const Vectors& extra_vectors, WeightsOf weights_of,
+                  VectorOf vector_of) const {
+    Addends addends = {block.count, this->width, block.windows[0].rows, block.windows[0].count, {}, {}, {}, {}};
+    for (int i = 0; i < block.count; i++) {
+      const Window& window = block.windows[i];
+      addends.weights[i] = weights_of(i) - window.column;
+      addends.vectors[i] = vector_of(i);
+      addends.start[i] = window.column + window.first;
+      addends.end[i] = addends.start[i] + window.columns;
+    }
+    spread(vectors, addends);
+    if (!a.additional) return;
+    addends.rows = &ONE_ROW;
+    addends.row_count = 1;
+    for (int i = 0; i < block.count; i++) {
+      addends.weights[i] = this->extra(block.windows[i], weights_of(i));
+      addends.start[i] = 0;
+      addends.end[i] = a.additional;
+    }
+    spread(extra_vectors, addends);
   }
 
   // Scores are in base 2, so grad_key was summed with a query that is log2(e) too long.

@@ -24,14 +24,12 @@ struct Window {
   int width;
 };
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS_AT_ONCE = 8;  // 32 registers: 16 sums of two queries
-#else
+// Of which scores are found at once: eight sums of two queries keep the multipliers busy, and the keys stay in the nearest
+// cache for all queries of a block.
 constexpr int ROWS_AT_ONCE = 4;
-#endif
 
 template <int LANES, int QUERIES, int ROWS>
-inline void scores_of_rows(const Columns& keys, const float* const (&query)[QUERIES], const Window& window, int first,
+FASTNA_APART void scores_of_rows(const Columns& keys, const float* const (&query)[QUERIES], const Window& window, int first,
                            int from, float* const (&scores)[QUERIES]) {
   const int64_t pitch = keys.pitch(), row = keys.dim * pitch;
   const float* source[ROWS];
@@ -59,22 +57,17 @@ inline void scores_of_rows(const Columns& keys, const float* const (&query)[QUER
   }
 }
 
-// scores[q] = keys . query[q] over all of `window.width`, for queries whose windows have the same rows
+// scores[q] = keys . query[q] over rows [first, first + ROWS_AT_ONCE) and all of `window.width`, for queries whose windows
+// have the same rows
 template <int LANES, int QUERIES>
-inline void scores_of(const Columns& keys, const float* const (&query)[QUERIES], const Window& window,
+inline void scores_of(const Columns& keys, const float* const (&query)[QUERIES], const Window& window, int first,
                       float* const (&scores)[QUERIES]) {
-  for (int first = 0; first < window.count; first += ROWS_AT_ONCE) {
-    for (int from = 0; from < window.width; from += LANES) {
-      switch (std::min(window.count - first, ROWS_AT_ONCE)) {
-        case 1: scores_of_rows<LANES, QUERIES, 1>(keys, query, window, first, from, scores); break;
-        case 2: scores_of_rows<LANES, QUERIES, 2>(keys, query, window, first, from, scores); break;
-        case 3: scores_of_rows<LANES, QUERIES, 3>(keys, query, window, first, from, scores); break;
-        case 4: scores_of_rows<LANES, QUERIES, 4>(keys, query, window, first, from, scores); break;
-        case 5: scores_of_rows<LANES, QUERIES, 5>(keys, query, window, first, from, scores); break;
-        case 6: scores_of_rows<LANES, QUERIES, 6>(keys, query, window, first, from, scores); break;
-        case 7: scores_of_rows<LANES, QUERIES, 7>(keys, query, window, first, from, scores); break;
-        default: scores_of_rows<LANES, QUERIES, ROWS_AT_ONCE>(keys, query, window, first, from, scores);
-      }
+  for (int from = 0; from < window.width; from += LANES) {
+    switch (window.count - first) {
+      case 1: scores_of_rows<LANES, QUERIES, 1>(keys, query, window, first, from, scores); break;
+      case 2: scores_of_rows<LANES, QUERIES, 2>(keys, query, window, first, from, scores); break;
+      case 3: scores_of_rows<LANES, QUERIES, 3>(keys, query, window, first, from, scores); break;
+      default: scores_of_rows<LANES, QUERIES, ROWS_AT_ONCE>(keys, query, window, first, from, scores);
     }
   }
 }
@@ -111,7 +104,7 @@ inline float exponentiate(float* scores, const float* end, float subtracted) {
 }
 
 template <int PARTS, bool ADD>
-inline void weighted_part(const Vectors& vectors, const Window& window, const float* weights, int from, float* to) {
+FASTNA_APART void weighted_part(const Vectors& vectors, const Window& window, const float* weights, int from, float* to) {
   constexpr int CHAINS = PARTS < 4 ? 4 / PARTS : 1;  // as many sums as a multiply-add takes cycles
   Floats<WIDE> sum[CHAINS][PARTS];
   for (int c = 0; c < CHAINS; c++)
@@ -180,42 +173,71 @@ inline void add_to_bias(const Window& window, const float* gradients, float* bia
   }
 }
 
-template <int QUERIES>
-inline void spread_columns(const Vectors& vectors, const Window& window, int first, int last,
-                           const float* const (&weights)[QUERIES], const float* const (&addends)[QUERIES]) {
-  const int64_t pitch = vectors.pitch();
-  for (int from = 0; from < pitch; from += WIDE) {
-    Floats<WIDE> addend[QUERIES];
-    for (int q = 0; q < QUERIES; q++) addend[q] = load<WIDE>(addends[q] + from);
-    for (int r = 0; r < window.count; r++) {
-      float* vector = vectors.vector(window.rows[r].row, window.column + first) + from;
-      const int64_t at = int64_t(r) * window.width;
-      for (int k = first; k < last; k++, vector += pitch) {
-        Floats<WIDE> sum = load<WIDE>(vector);
-        FASTNA_UNROLL
-        for (int q = 0; q < QUERIES; q++) sum += weights[q][at + k] * addend[q];
-        store(vector, sum);
+// Queries of a block as the sums over them see them: whose `weights` for the key in column c of row r are at
+// weights[query] + r * width + c, and which see keys [start, end) of each row. Neither start nor end ever falls.
+struct Addends {
+  static constexpr int MOST = 16;
+  int count, width;
+  const WindowRow* rows;
+  int row_count;
+  const float* weights[MOST];
+  const float* vectors[MOST];
+  int start[MOST], end[MOST];
+};
+
+// to[k] += sum over queries [first, last) of the weight of key `column` + k * the query's vector, for KEYS keys, PARTS * WIDE elements.
+template <int KEYS, int PARTS>
+inline void add_queries(const Addends& from, int first, int last, int64_t weight, int element, float* const (&to)[KEYS]) {
+  Floats<WIDE> sum[KEYS][PARTS];
+  FASTNA_UNROLL
+  for (int k = 0; k < KEYS; k++) {
+    FASTNA_UNROLL
+    for (int i = 0; i < PARTS; i++) sum[k][i] = load<WIDE>(to[k] + i * WIDE);
+  }
+  for (int q = first; q < last; q++) {
+    const float* weights = from.weights[q] + weight;
+    FASTNA_UNROLL
+    for (int i = 0; i < PARTS; i++) {
+      const Floats<WIDE> vector = load<WIDE>(from.vectors[q] + element + i * WIDE);
+      FASTNA_UNROLL
+      for (int k = 0; k < KEYS; k++) sum[k][i] += weights[k] * vector;
+    }
+  }
+  FASTNA_UNROLL
+  for (int k = 0; k < KEYS; k++) {
+    FASTNA_UNROLL
+    for (int i = 0; i < PARTS; i++) store(to[k] + i * WIDE, sum[k][i]);
+  }
+}
+
+template <int PARTS>
+FASTNA_APART void spread_part(const Vectors& vectors, const Addends& from, int element) {
+  const int last_column = from.end[from.count - 1];
+  for (int r = 0; r < from.row_count; r++) {
+    int first[2] = {0, 0}, last[2] = {0, 0};  // the queries that see each of the two keys
+    for (int column = from.start[0]; column < last_column; column += 2) {
+      for (int k = 0; k < 2; k++) {
+        while (first[k] < from.count && from.end[first[k]] <= column + k) first[k]++;
+        while (last[k] < from.count && from.start[last[k]] <= column + k) last[k]++;
       }
+      const int64_t weight = int64_t(r) * from.width + column;
+      float* key = vectors.vector(from.rows[r].row, column) + element;
+      float* next = key + vectors.pitch();
+      const int both = std::min(first[1], last[0]);
+      if (first[0] < both) add_queries<1, PARTS>(from, first[0], both, weight, element, {key});
+      if (both < last[0]) add_queries<2, PARTS>(from, both, last[0], weight, element, {key, next});
+      const int alone = std::max(last[0], first[1]);
+      if (alone < last[1]) add_queries<1, PARTS>(from, alone, last[1], weight + 1, element, {next});
     }
   }
 }
 
-// vector += weight * addend for every vector of the window
-inline void spread(const Vectors& vectors, const Window (&windows)[1], const float* const (&weights)[1],
-                   const float* const (&addends)[1]) {
-  const Window& window = windows[0];
-  spread_columns<1>(vectors, window, window.first, window.first + window.columns, weights, addends);
-}
-
-// The same for two windows that start together, each vector of both written once.
-inline void spread(const Vectors& vectors, const Window (&windows)[2], const float* const (&weights)[2],
-                   const float* const (&addends)[2]) {
-  const int first = windows[1].first;
-  const int ends[2] = {windows[0].columns, first + windows[1].columns};
-  const int shared = std::max(std::min(ends[0], ends[1]), first);
-  spread_columns<1>(vectors, windows[0], 0, std::min(first, ends[0]), {weights[0]}, {addends[0]});
-  spread_columns<2>(vectors, windows[0], first, shared, weights, addends);
-  for (int q = 0; q < 2; q++) spread_columns<1>(vectors, windows[q], shared, ends[q], {weights[q]}, {addends[q]});
+// vector += sum of weight * the query's vector, for every key that some query sees
+inline void spread(const Vectors& vectors, const Addends& from) {
+  const int end = vectors.pitch();
+  int element = 0;
+  for (; element + 2 * WIDE <= end; element += 2 * WIDE) spread_part<2>(vectors, from, element);
+  for (; element < end; element += WIDE) spread_part<1>(vectors, from, element);
 }
 
 }  // namespace fastna

@@ -1,6 +1,7 @@
 // One task: its keys, its windows, and the scores of the queries at work.
 #pragma once
 #include <new>
+#include <type_traits>
 
 #include "products.h"
 
@@ -11,6 +12,29 @@ constexpr float LN_2 = 0.6931471805599453f;
 
 constexpr WindowRow ONE_ROW = {0, 0};
 
+// Queries of one row that are at work together: each pass over them reads the same few keys, which stay in the nearest
+// cache. Two whose windows together are no wider than what one takes anyway are joined: they share products.
+struct Block {
+  static constexpr int MOST = Addends::MOST;
+  int column, count;
+  Window windows[MOST];
+  bool joined[MOST];  // with the next one
+};
+
+// Calls visit(number of the first, how many) for all queries of a block, joined ones together.
+template <class Visit>
+inline void each_joined(const Block& block, Visit visit) {
+  for (int i = 0; i < block.count;) {
+    if (block.joined[i]) {
+      visit(i, std::integral_constant<int, 2>());
+      i += 2;
+    } else {
+      visit(i, std::integral_constant<int, 1>());
+      i++;
+    }
+  }
+}
+
 // The keys of a task, and scores of the queries at work: of the window, then of the additional keys.
 template <int LANES>
 struct Task {
@@ -19,25 +43,34 @@ struct Task {
   const Group& group;
   const int shared, most_rows, width, extra_width;
   Columns keys, extra_keys;
-  float* query[2];
-  float* scores[2];
+  Vectors queries;
+  float* score_memory;
   float* row_memory;
 
   Task(const Arguments& a, int batch, int key_head, const Group& group)
       : a(a), batch(batch), key_head(key_head), group(group), shared(a.heads / a.key_heads),
         most_rows(a.axis[0].window * a.axis[1].window), width(round_up(a.axis[2].window, LANES)),
-        extra_width(round_up(a.additional, LANES)), keys(columns(a.head_dim)), extra_keys(extra_columns(a.head_dim)) {}
+        extra_width(round_up(a.additional, LANES)), keys(columns(a.head_dim)), extra_keys(extra_columns(a.head_dim)),
+        queries{a.head_dim, Block::MOST} {}
 
   Columns columns(int dim) const { return {dim, group.columns(), width}; }
   Columns extra_columns(int dim) const { return {dim, a.additional, extra_width}; }
 
+  // Scores of one query; and how many queries' scores the nearest cache holds beside their keys.
+  int64_t scores_each() const { return round_up(int64_t(most_rows) * width + extra_width, WIDE); }
+  int block_size() const { return scores_each() <= 128 ? Block::MOST : scores_each() <= 512 ? 4 : 2; }
+
   void want(Memory& memory) {
     memory.want(keys, group.rows());
     memory.want(extra_keys, 1);
-    for (float*& piece : query) memory.want(&piece, a.head_dim);
-    for (float*& piece : scores) memory.want(&piece, scores_in(most_rows));
+    memory.want(queries, 1);
+    memory.want(&score_memory, block_size() * scores_each());
     memory.want(&row_memory, most_rows * sizeof(WindowRow) / sizeof(float));
   }
+
+  float* query(int i) const { return queries.vector(0, i); }
+  float* scores(int i) const { return score_memory + i * scores_each(); }
+  float* extra(const Window& window, float* scores) const { return scores + int64_t(window.count) * width; }
 
   TensorRow row(const TensorArguments& tensor, int head, const Range (&range)[3], int y, int x) const {
     return TensorRow(a, tensor, batch, head, group, range, y, x);
@@ -90,29 +123,59 @@ struct Task {
     return first - (group.queries[2].first + column) + a.axis[2].window - 1;
   }
 
-  int64_t scores_in(int rows) const { return round_up(int64_t(rows) * width + extra_width, WIDE); }
-  float* extra_scores(const Window& window, float* scores) const { return scores + int64_t(window.count) * width; }
-
-  // Calls visit(first column, windows) for all queries of a row, by twos where their windows together are no wider than
-  // what one takes anyway.
-  template <class VisitTwo, class VisitOne>
-  void each_pair(int rows, VisitTwo visit_two, VisitOne visit_one) const {
-    const int columns = group.queries[2].size();
-    for (int column = 0; column < columns;) {
-      if (column + 1 < columns) {
-        Window two[2] = {window(rows, column), window(rows, column + 1)};
-        const int apart = two[1].column - two[0].column;
-        if (apart >= 0 && apart + two[1].columns <= width) {
-          two[1].column = two[0].column;
-          two[1].first = apart;
-          visit_two(column, two);
-          column += 2;
-          continue;
-        }
+  // Calls visit(block) for all queries of a row, whose windows have the rows found last.
+  template <class Visit>
+  void each_block(int rows, Visit visit) const {
+    Block block;
+    const int columns = group.queries[2].size(), size = block_size();
+    for (block.column = 0; block.column < columns; block.column += size) {
+      block.count = std::min(size, columns - block.column);
+      for (int i = 0; i < block.count; i++) {
+        block.windows[i] = window(rows, block.column + i);
+        block.joined[i] = false;
       }
-      const Window one[1] = {window(rows, column)};
-      visit_one(column, one);
-      column++;
+      for (int i = 0; i + 1 < block.count; i++) {
+        const Window& one = block.windows[i];
+        Window& two = block.windows[i + 1];
+        const int apart = two.column - one.column;
+        if (apart < 0 || apart + two.columns > width) continue;
+        two.column = one.column;
+        two.first = apart;
+        block.joined[i++] = true;
+      }
+      visit(block);
+    }
+  }
+
+  // to(i) = keys . vectors(i) over all windows of the block, and over the additional keys.
+  template <class VectorOf, class ScoresOf>
+  void multiply(const Block& block, const Columns& keys, const Columns& extra_keys, VectorOf vector_of, ScoresOf to) const {
+    auto multiply_rows = [&](const Columns& keys, int first, auto window_of, auto to) {
+      each_joined(block, [&](int i, auto queries) {
+        constexpr int QUERIES = decltype(queries)::value;
+        const float* vectors[QUERIES];
+        float* scores[QUERIES];
+        for (int q = 0; q < QUERIES; q++) vectors[q] = vector_of(i + q), scores[q] = to(i + q);
+        scores_of<LANES, QUERIES>(keys, vectors, window_of(i), first, scores);
+      });
+    };
+    for (int first = 0; first < block.windows[0].count; first += ROWS_AT_ONCE)
+      multiply_rows(keys, first, [&](int i) -> const Window& { return block.windows[i]; }, to);
+    if (!a.additional) return;
+    const Window window = extra_window();
+    multiply_rows(extra_keys, 0, [&](int) -> const Window& { return window; },
+                  [&](int i) { return extra(block.windows[i], to(i)); });
+  }
+
+  // Calls finish(i, sum over its keys of weights(i) * vector) for all queries of the block; `sum` is memory for one.
+  template <class WeightsOf, class Finish>
+  void combine(const Block& block, const Vectors& vectors, const Vectors& extra_vectors, float* sum, WeightsOf weights_of,
+               Finish finish) const {
+    for (int i = 0; i < block.count; i++) {
+      const Window& window = block.windows[i];
+      weighted<false>(vectors, window, weights_of(i), sum);
+      if (a.additional) weighted<true>(extra_vectors, extra_window(), extra(window, weights_of(i)), sum);
+      finish(i, sum);
     }
   }
 };

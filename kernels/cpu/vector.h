@@ -3,6 +3,8 @@
 #include <cstring>
 
 #define FASTNA_UNROLL _Pragma("GCC unroll 16")
+// Loops that want all registers for themselves.
+#define FASTNA_APART __attribute__((noinline))
 
 namespace fastna {
 
