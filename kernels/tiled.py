@@ -206,7 +206,8 @@ class Tiled:
         grad_lse: Tensor | None,
         needs_rpb_grad: bool,
     ) -> Gradients:
-        delta = _delta(problem, output, grad_output, grad_lse)
+        is_rounded = problem.dtype != problem.accumulation_dtype
+        delta = _delta(problem, output, grad_output, grad_lse, is_rounded)
         sums = _Sums(problem, operands, needs_rpb_grad)
         workspace = Workspace(output, problem.accumulation_dtype)
         for tiles in tile_classes(problem.axes):
@@ -231,7 +232,10 @@ class Tiled:
                 grad = torch.bmm(p.mT, do, out=workspace.take("grad", *value.shape))
                 sums.add_columns(part, chunk, grad, sums.value, sums.additional_values)
 
-                ds = torch.bmm(do, value.mT, out=workspace.take("ds", *p.shape)).sub_(own_delta).mul_(p)
+                ds = torch.bmm(do, value.mT, out=workspace.take("ds", *p.shape))
+                if is_rounded:
+                    own_delta += (p * ds).sum(-1, keepdim=True)
+                ds = ds.sub_(own_delta).mul_(p)
                 if bias_sum is not None:
                     bias_sum += ds.view(-1, *bias_sum.shape).sum(0)
                 grad = _scaled_product(ds.mT, query, problem.scale, workspace.take("grad", *key.shape))
@@ -249,10 +253,17 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> T
     return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
-def _delta(problem: Problem, output: Tensor, grad_output: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """`sum(grad_output * output, -1) - grad_lse`, `[batch, *space, heads, 1]`."""
+def _delta(problem: Problem, output: Tensor, grad_output: Tensor, grad_lse: Tensor | None, is_rounded: bool) -> Tensor:
+    """`sum(grad_output * output, -1) - grad_lse`, `[batch, *space, heads, 1]`.
+
+    Without the sum where `output` is rounded to 16 bits, which may put it off by more than ds is large: there it is
+    `sum(p * dp, -1)`.
+    """
     dtype = problem.accumulation_dtype
-    delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1, keepdim=True)
+    if is_rounded:
+        delta = grad_output.new_zeros((*grad_output.shape[:-1], 1), dtype=dtype)
+    else:
+        delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1, keepdim=True)
     return delta if grad_lse is None else delta.sub_(grad_lse[..., None])
 
 

@@ -140,12 +140,12 @@ def bias_index(axes: tuple[Axis, ...], tiles: TileClass, device: torch.device) -
 
     A pair outside the window has the index after the last: a column of -inf is kept there.
     """
-    index = torch.zeros(1, 1, dtype=torch.long)
-    visible = torch.ones(1, 1, dtype=torch.bool)
+    index = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+    visible = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for axis, tile in zip(axes, tiles, strict=True):
-        query = torch.arange(tile.queries)[:, None] + tile.query_start
-        key = torch.arange(tile.keys) + tile.key_start
-        first, end = torch.tensor(tile.windows).T[..., None]
+        query = torch.arange(tile.queries, device="cpu")[:, None] + tile.query_start
+        key = torch.arange(tile.keys, device="cpu") + tile.key_start
+        first, end = torch.tensor(tile.windows, device="cpu").T[..., None]
         seen = (key - tile.key_start >= first) & (key - tile.key_start < end)
         offset = torch.where(seen, key - query + axis.window - 1, 0)
         shape = (index.shape[0] * tile.queries, index.shape[1] * tile.keys)
