@@ -116,6 +116,12 @@ def data_table(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def task_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Seconds and peak MiB of each command."""
+    shown = frame[["task", "what", "seconds", "peak_mib"]]
+    return shown.rename(columns={"peak_mib": "peak memory, MiB"})
+
+
 def _frames(paths: list[Path], needed: bool = True) -> tuple[pd.DataFrame, pd.DataFrame, list[dict[str, Any]]]:
     """Records of kernels and of models, and the facts of the runs they come from.
 
@@ -161,6 +167,7 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
         found["memory"] = _memory_table(summary.load(memory, index=("map", "direction"))[0])
     for name, index, make in (
         ("data", ("reader", "decoder", "augmented_on", "image_size"), data_table),
+        ("tasks", ("task",), task_table),
         ("transfer-digits", ("epochs", "side", "rate", "seed"), summary.transfer_table),
     ):
         if files := [path for path in paths if path.name == f"{name}.jsonl"]:

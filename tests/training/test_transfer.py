@@ -17,14 +17,13 @@ def test_both_sides_are_trained_and_recorded(tmp_path: Path, capsys) -> None:
     spec = importlib.util.spec_from_file_location("transfer_digits", ROOT / "scripts" / "transfer_digits.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    short = ["--seeds", "1", "--epochs", "5", "--rates", "8e-3", "--pretraining-epochs", "2"]
+    short = ["--seeds", "2", "--epochs", "2", "--rates", "4e-3"]
     script.main([*short, "--output", str(tmp_path)])
-    records = [json.loads(line) for line in (tmp_path / "transfer-digits.jsonl").read_text().splitlines()]
-    assert "torch" in records[0]["environment"]
-    sides = {record["side"]: record for record in records[1:]}
-    assert sides.keys() == {"from scratch", "fine-tuned"}
-    assert all(0 < record["val_top1"] <= 1 for record in sides.values())
-    assert "| 5 | fine-tuned | 0.008 |" in capsys.readouterr().out
+    head, *records = [json.loads(line) for line in (tmp_path / "transfer-digits.jsonl").read_text().splitlines()]
+    assert "torch" in head["environment"]
+    table = transfer_table(pd.DataFrame(records)).set_index("side")["test top-1, mean, %"]
+    assert table["fine-tuned"] > table["from scratch"] + 1, "over five seeds it is 5 to 6 points"
+    assert "| 2 | fine-tuned | 0.004 |" in capsys.readouterr().out
 
 
 def test_each_side_is_judged_at_the_rate_that_validation_prefers() -> None:
