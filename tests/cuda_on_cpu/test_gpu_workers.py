@@ -16,7 +16,7 @@ USABLE, SPOILT = partial(bool, 1), partial(bool, 0)
 
 @pytest.fixture
 def workers() -> Iterator[Workers]:
-    workers = Workers(1, 10, USABLE)
+    workers = Workers(1, 60, USABLE)
     yield workers
     workers.close()
 
@@ -51,14 +51,14 @@ def test_a_hang_is_killed_and_fails_one_call() -> None:
 
 
 def test_a_spoilt_process_is_replaced() -> None:
-    workers = Workers(1, 10, SPOILT)
+    workers = Workers(1, 60, SPOILT)
     processes = [workers.submit(os.getpid).result() for _ in range(2)]
     assert processes[0] != processes[1]
     workers.close()
 
 
 def test_closing_cancels_what_has_not_begun() -> None:
-    workers = Workers(1, 10, USABLE)
+    workers = Workers(1, 60, USABLE)
     calls = [workers.submit(time.sleep, 1) for _ in range(3)]
     workers.close()
     assert calls[-1].cancelled()
