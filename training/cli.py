@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import hydra
+import torch
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -46,6 +47,9 @@ def run_command(config_name: str, command: Callable[[DictConfig], None]) -> None
         print(f"error: {failure}", file=sys.stderr)
     if failures:
         raise SystemExit(1)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Left to the interpreter's end, gloo's threads may outlive what they use, and abort a run that is complete.
+        torch.distributed.destroy_process_group()
 
 
 def describe(error: BaseException) -> str:
