@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.cpu.linear import Linear
 from kernels.functional import neighborhood_attention
 from kernels.validation import BoolPerAxis, IntPerAxis, bools_per_axis, ints_per_axis
 
@@ -59,7 +60,7 @@ class _NeighborhoodAttention(nn.Module):
         self.is_causal = tuple(bools_per_axis("is_causal", is_causal, self.rank))
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.backend = backend
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rpb: nn.Parameter | None
         if rel_pos_bias:
             offsets = [2 * size - 1 for size in self.kernel_size]
@@ -67,7 +68,7 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj = Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def fit(self, space: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], Tensor | None]:

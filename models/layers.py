@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import checkpoint, register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import na2d
+from kernels.cpu.linear import Linear
 
 HEAD_DIM = 32
 """Every published model has heads of 32 channels, whatever its width."""
@@ -109,8 +110,8 @@ class NeighborhoodAttention(nn.Module):
         self.is_global = is_global
         self.backend = backend
         self.rpb = nn.Parameter(torch.zeros(self.num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def window_for(self, height: int, width: int) -> tuple[list[int], list[int]]:
@@ -146,6 +147,21 @@ class NeighborhoodAttention(nn.Module):
     def extra_repr(self) -> str:
         reach = "global" if self.is_global else f"dilation={self.dilation}"
         return f"kernel_size={self.kernel_size}, {reach}, num_heads={self.num_heads}, backend={self.backend}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, `[..., dim]` to the same."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
 class Block(nn.Module):

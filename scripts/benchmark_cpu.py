@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models.layers  # registers the models too
 from benchmarks.device import describe, results_folder
+from kernels.cpu import linear
 
 BASELINE = "swin_tiny_patch4_window7_224"
 LEFT_OUT = ", attention left out"
+SAME_LIBRARY = ", linear layers as Swin-T's"
 Record = dict[str, str | int | float]
 
 
@@ -65,6 +67,16 @@ def attention_left_out(step: Callable[[], object]) -> Callable[[], object]:
     return bare
 
 
+def same_library(step: Callable[[], object]) -> Callable[[], object]:
+    """The step of one of our models with PyTorch's own linear layers, which Swin-T has: what attention alone makes."""
+
+    def alike() -> None:
+        with mock.patch.object(linear, "ONEDNN_IS_FASTER", False):
+            step()
+
+    return alike
+
+
 def _size(name: str, size: int) -> dict[str, int]:
     return {"img_size": size} if name == BASELINE else {}
 
@@ -92,6 +104,8 @@ def measure(names: Sequence[str], batch: int, size: int, rounds: int, seconds: f
     """One record per mode and model; the baseline's comes first in each mode."""
     for mode, build in (("inference", inference), ("training", training)):
         steps = {name: build(name, batch, size) for name in (BASELINE, *names)}
+        if linear.ONEDNN_IS_FASTER:
+            steps |= {f"{name}{SAME_LIBRARY}": same_library(steps[name]) for name in names}
         steps |= {f"{name}{LEFT_OUT}": attention_left_out(steps[name]) for name in names}
         best, timed = best_of_rounds(steps, rounds, seconds / 2)
         for name, fastest in best.items():

@@ -1,0 +1,164 @@
+"""Linear layers by oneDNN: PyTorch's numbers, and PyTorch's own function wherever someone looks on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels.cpu import linear as module
+from kernels.cpu.linear import Linear, linear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def _by_onednn(monkeypatch):
+    """Whatever processor and size."""
+    monkeypatch.setattr(module, "ONEDNN_IS_FASTER", True)
+    monkeypatch.setattr(module, "WORTH", 1)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes of the products that oneDNN is asked for."""
+    shapes = []
+    compute = module._product
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append((tuple(x.shape), tuple(weight.shape)))
+        return compute(x, weight, bias)
+
+    monkeypatch.setattr(module, "_product", counted)
+    return shapes
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@given(
+    lead=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    inner=st.integers(1, 40),
+    outer=st.integers(1, 40),
+    has_bias=st.booleans(),
+    is_strided=st.booleans(),
+)
+def test_values_and_gradients(lead, inner, outer, has_bias, is_strided):
+    x = _random(*lead, 2 * inner)[..., ::2] if is_strided else _random(*lead, inner)
+    given = [x, _random(outer, inner), _random(outer) if has_bias else None]
+    ours, exact = (
+        [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in given]
+        for dtype in (torch.float32, torch.float64)
+    )
+    grad = _random(*lead, outer)
+    found, expected = linear(*ours), F.linear(*exact)
+    found.backward(grad)
+    expected.backward(grad.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(ours, exact, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_which_products_are_made(products):
+    layer = Linear(8, 24)
+    with torch.inference_mode():
+        layer(_random(3, 5, 8))
+    assert products == [((3, 5, 8), (24, 8))]
+    products.clear()
+    layer(_random(3, 5, 8).requires_grad_()).sum().backward()
+    assert products == [((3, 5, 8), (24, 8)), ((3, 5, 24), (8, 24)), ((8, 15), (24, 15))]
+    products.clear()
+    layer.weight.requires_grad_(False)
+    layer(_random(3, 5, 8)).sum().backward()
+    assert products == [((3, 5, 8), (24, 8))]  # neither the input's nor the weight's gradient is asked for
+
+
+def test_second_derivative(products):
+    x, weight = _random(6, 8).requires_grad_(), _random(5, 8).requires_grad_()
+
+    def penalty(product):
+        (grad,) = torch.autograd.grad((product(x, weight) ** 2).sum(), x, create_graph=True)
+        return torch.autograd.grad((grad**2).sum(), (x, weight))
+
+    for found, expected in zip(penalty(linear), penalty(F.linear), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+    assert len(products) > 3
+
+
+class TestLeftToPyTorch:
+    """Where oneDNN's product would be wrong, unseen or of no use."""
+
+    def test_small_products(self, products, monkeypatch):
+        monkeypatch.setattr(module, "WORTH", 4 * 8 * 16 + 1)
+        linear(_random(4, 8), _random(16, 8))
+        assert not products
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_other_types(self, products, dtype):
+        x, weight = _random(4, 8).to(dtype), _random(16, 8).to(dtype)
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+        assert not products
+
+    def test_autocast(self, products):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert Linear(8, 16)(_random(4, 8)).dtype is torch.bfloat16
+        assert not products
+
+    def test_switched_off(self, products):
+        with torch.backends.mkldnn.flags(enabled=False):
+            linear(_random(4, 8), _random(16, 8))
+        assert not products
+
+    def test_wrong_shapes(self):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            linear(_random(4, 8), _random(16, 9))
+
+    def test_flops_are_counted(self, products):
+        with FlopCounterMode(display=False) as counter:
+            Linear(8, 16)(_random(4, 8))
+        assert counter.get_total_flops() == 2 * 4 * 8 * 16
+        assert not products
+
+    def test_forward_mode(self, products):
+        x, tangent, weight = _random(4, 8), _random(4, 8), _random(16, 8)
+        with forward_ad.dual_level():
+            dual = linear(forward_ad.make_dual(x, tangent), weight)
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, F.linear(tangent, weight))
+        assert not products
+
+    def test_transforms(self, products):
+        layer, x = Linear(8, 16), _random(4, 8)
+        mapped = torch.func.vmap(layer)(x)
+        torch.testing.assert_close(mapped, F.linear(x, layer.weight, layer.bias))
+        assert not products
+
+    def test_compile(self, products):
+        layer, x = Linear(8, 16), _random(4, 8)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), F.linear(x, layer.weight, layer.bias))
+        assert not products
+
+    def test_export(self, products):
+        program = torch.export.export(nn.Sequential(Linear(8, 16)), (_random(4, 8),))
+        assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [
+            torch.ops.aten.linear.default
+        ]
+        assert not products
+
+    def test_tracing_and_scripting(self, products):
+        model, x = nn.Sequential(Linear(8, 16)), _random(4, 8)
+        expected = F.linear(x, model[0].weight, model[0].bias)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+        torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), expected)
+        assert not products
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), expected)
+        assert len(products) == 1
+        torch.testing.assert_close(torch.jit.script(traced)(x), expected)
