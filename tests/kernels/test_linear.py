@@ -48,15 +48,16 @@ def _random(*shape: int) -> Tensor:
     outer=st.integers(1, 40),
     has_bias=st.booleans(),
     is_strided=st.booleans(),
+    is_expanded=st.booleans(),
 )
-def test_values_and_gradients(lead, inner, outer, has_bias, is_strided):
+def test_values_and_gradients(lead, inner, outer, has_bias, is_strided, is_expanded):
     x = _random(*lead, 2 * inner)[..., ::2] if is_strided else _random(*lead, inner)
     given = [x, _random(outer, inner), _random(outer) if has_bias else None]
     ours, exact = (
         [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in given]
         for dtype in (torch.float32, torch.float64)
     )
-    grad = _random(*lead, outer)
+    grad = _random(outer).expand(*lead, outer) if is_expanded else _random(*lead, outer)
     found, expected = linear(*ours), F.linear(*exact)
     found.backward(grad)
     expected.backward(grad.double())
@@ -78,6 +79,25 @@ def test_which_products_are_made(products):
     layer.weight.requires_grad_(False)
     layer(_random(3, 5, 8)).sum().backward()
     assert products == [((3, 5, 8), (24, 8))]  # neither the input's nor the weight's gradient is asked for
+
+
+@pytest.mark.parametrize(
+    ("matrix", "is_copied"),
+    [
+        (torch.zeros(6, 4), False),
+        (torch.zeros(6, 4).t(), False),
+        (torch.zeros(2, 6, 4), False),
+        (torch.zeros(6, 8)[:, :4], True),
+        (torch.zeros(6, 8)[:, :4].t(), True),
+        (torch.zeros(6, 1).expand(6, 4), True),
+        (torch.zeros(4).expand(6, 4), True),
+        (torch.zeros(2, 6, 4).transpose(0, 1), True),
+    ],
+)
+def test_what_onednn_multiplies_slowly_is_copied(matrix, is_copied):
+    dense = module._dense(matrix)
+    assert dense.is_contiguous() or dense.t().is_contiguous()
+    assert (dense.data_ptr() != matrix.data_ptr()) == is_copied
 
 
 def test_second_derivative(products):
