@@ -96,16 +96,28 @@ def backward(
         addresses = _addresses(query, key, value, lse, delta, grad_output, grad_key, grad_value, rpb)
         launch.run(device, flash_launch.set_key_gradient(launch.packed, *addresses))
 
-    if extra_keys is None or extra_values is None:
-        return Gradients(grad_query, grad_key, grad_value, grad_rpb)
+    additional = additional_gradients(problem, operands, lse, delta, grad_output)
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb, *additional)
+
+
+def additional_gradients(
+    problem: Problem, operands: Operands, lse: Tensor, delta: Tensor, grad_output: Tensor
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Gradients of additional keys and values, if there are any. lse and delta are contiguous."""
+    keys, values = operands.additional_keys, operands.additional_values
+    if keys is None or values is None:
+        return None, None
+    query = operands.query
+    inputs = (query, operands.key, operands.value, keys, values, grad_output)
+    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), allows_tf32()
     launches = flash_launch.additional_gradient_launches(*layout)
     chunks = max(launch.chunks for launch in launches)
-    sums = [t.new_zeros((chunks, *t.shape), dtype=torch.float32) for t in (extra_keys, extra_values)]
+    sums = [t.new_zeros((chunks, *t.shape), dtype=torch.float32) for t in (keys, values)]
     for launch in launches:
-        addresses = _addresses(query, extra_keys, extra_values, lse, delta, grad_output, *sums, None)
-        launch.run(device, flash_launch.set_key_gradient(launch.packed, *addresses))
+        addresses = _addresses(query, keys, values, lse, delta, grad_output, *sums, None)
+        launch.run(query.device, flash_launch.set_key_gradient(launch.packed, *addresses))
     grad_keys, grad_values = (partial.sum(0).to(problem.dtype) for partial in sums)
-    return Gradients(grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values)
+    return grad_keys, grad_values
 
 
 def query_gradient(

@@ -18,6 +18,8 @@ from kernels.cuda.hopper_tiles import (
     Tiles,
     bias_of,
     choose_tiles,
+    extras_config,
+    map_additional,
     map_tensor,
     room_beside,
     why_no_tiles,
@@ -73,21 +75,13 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
     """Why tensor copies cannot read these tensors, in a few words; None where they can."""
-    for name in ("query", "key", "value", "additional_keys", "additional_values"):
-        tensor = getattr(operands, name)
-        if tensor is not None and (reason := hopper_tiles.why_not_tensor(name, tensor)):
-            return reason
-    return None
+    return hopper_tiles.why_not_operands(operands)
 
 
 def _source(
     tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None, additional: bool = False
 ) -> KernelSource:
-    config: list[object] = [tiles.config(dtype, head_dim, inverse=False), tiles.registers]
-    if bias is not None or additional:
-        config.append("NoBias" if bias is None else bias.config)
-    if additional:
-        config.append(True)
+    config = tiles.config(dtype, head_dim, inverse=False), tiles.registers, *extras_config(bias, additional)
     return KernelSource(
         "src/hopper_forward.cuh",
         "hopper_forward",
@@ -149,9 +143,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
         map_tensor(tensor, box, problem.dilation)
         for tensor, box in ((query, tiles.rows), (operands.key, tiles.columns), (operands.value, tiles.columns))
     )
-    if operands.additional_keys is not None and operands.additional_values is not None:
-        row = 1, 1, math.prod(tiles.columns)
-        maps += map_tensor(operands.additional_keys, row, (1,)) + map_tensor(operands.additional_values, row, (1,))
+    maps += map_additional(operands.additional_keys, tiles) + map_additional(operands.additional_values, tiles)
     packed = maps + packed[len(maps) :]
     kernel = runtime.kernel(source, problem.device)
     rpb = None if operands.rpb is None else operands.rpb.contiguous()

@@ -2,7 +2,8 @@
 
 Three launches: what every query needs besides its vectors (hopper_statistics.cuh), the gradient of the queries, and
 the gradients of keys and values; above a head_dim of 128 these two go one by one. Where the gradient of a bias is
-wanted, the flash kernel that sums it up computes that of the queries too.
+wanted, the flash kernel that sums it up computes that of the queries too. So does one for additional keys and values:
+few rows that every query of the map sees, whose sums must be spread over the device.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from kernels.cuda.hopper_tiles import (
     Tiles,
     bias_of,
     choose_tiles,
+    extras_config,
+    map_additional,
     map_tensor,
     room_beside,
     why_no_tiles,
@@ -50,6 +53,8 @@ HOPPER_GRADIENT = Struct(
     second_rows=TENSOR_MAP,
     first_columns=TENSOR_MAP,
     second_columns=TENSOR_MAP,
+    additional_keys=TENSOR_MAP,
+    additional_values=TENSOR_MAP,
     column_statistics=TENSOR_MAP,
     row_statistics=POINTER,
     grad_first=TENSOR,
@@ -111,7 +116,7 @@ def shape_of(head_dim: int, part: Part) -> Shape:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the backward pass, in one sentence; None where it does."""
-    reason = "its gradients take no additional keys" if problem.additional else hopper_tiles.why_not(problem)
+    reason = hopper_tiles.why_not(problem)
     if reason is None and any(_tiles(problem, part) is None for part in parts(problem)):
         return why_no_tiles(problem)
     return reason
@@ -119,18 +124,14 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
     """Why tensor copies cannot read these tensors, in a few words; None where they can."""
-    named = (
-        ("query", operands.query),
-        ("key", operands.key),
-        ("value", operands.value),
-        ("grad_output", grad_output),
-    )
-    return next((reason for name, tensor in named if (reason := hopper_tiles.why_not_tensor(name, tensor))), None)
+    return hopper_tiles.why_not_operands(operands) or hopper_tiles.why_not_tensor("grad_output", grad_output)
 
 
-def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, part: Part, bias: Bias | None = None) -> KernelSource:
+def _source(
+    tiles: Tiles, dtype: torch.dtype, head_dim: int, part: Part, bias: Bias | None = None, additional: bool = False
+) -> KernelSource:
     config = [tiles.config(dtype, head_dim, inverse=part.keys), tiles.registers, shape_of(head_dim, part).queued]
-    config += [part.first, part.second, *([] if bias is None else [bias.config])]
+    config += [part.first, part.second, *extras_config(bias, additional)]
     return KernelSource(
         "src/hopper_gradient.cuh",
         "hopper_gradient",
@@ -202,6 +203,8 @@ def _plan(problem: Problem, part: Part, grad_strides: tuple[int, ...]) -> tuple[
         second_rows=b"",
         first_columns=b"",
         second_columns=b"",
+        additional_keys=b"",
+        additional_values=b"",
         column_statistics=b"",
         grad_first=grad,
         grad_second=grad,
@@ -211,7 +214,8 @@ def _plan(problem: Problem, part: Part, grad_strides: tuple[int, ...]) -> tuple[
     heads = problem.key_heads if part.keys else problem.heads
     grid = math.prod(counts) * math.prod(problem.dilation) * heads * problem.batch
     specifics = problem.head_dim, part, bias_of(problem, part.keys)
-    return _source(tiles, problem.dtype, *specifics), grid, _shared_bytes(tiles, *specifics), packed, tiles
+    source = _source(tiles, problem.dtype, *specifics, additional=problem.additional > 0 and not part.keys)
+    return source, grid, _shared_bytes(tiles, *specifics), packed, tiles
 
 
 def _launch(
@@ -219,15 +223,20 @@ def _launch(
     part: Part,
     rows: tuple[Tensor, Tensor],
     columns: tuple[Tensor, Tensor],
+    additional: tuple[Tensor | None, Tensor | None],
     statistics: Tensor,
     rpb: Tensor | None,
     grads: tuple[Tensor, Tensor | None],
 ) -> None:
-    """Writes the gradients of `rows` that the part is about; `columns` is what its rows see, or what sees them."""
+    """Writes the gradients of `rows` that the part is about; `columns` is what its rows see, or what sees them.
+
+    `additional` keys and values are seen besides, where rows are queries.
+    """
     first, second = grads
     source, grid, shared_bytes, packed, tiles = _plan(problem, part, first.stride())
     tensors = ((rows[0], tiles.rows), (rows[1], tiles.rows), (columns[0], tiles.columns), (columns[1], tiles.columns))
     maps = b"".join(map_tensor(tensor, box, problem.dilation) for tensor, box in tensors)
+    maps += b"".join(map_additional(None if part.keys else tensor, tiles) for tensor in additional)
     if part.keys:
         maps += map_tensor(statistics, tiles.columns, problem.dilation)
     packed = maps + packed[len(maps) :]
@@ -261,18 +270,22 @@ def backward(
     statistics = statistics_of(problem, output, lse, grad_output, grad_lse)
     rpb = None if operands.rpb is None else operands.rpb.contiguous()
     of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
+    additional = operands.additional_keys, operands.additional_values
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
-    grad_rpb = None
+    lse, delta, grad_rpb = lse.contiguous(), statistics[..., 1], None
     if needs_rpb_grad:
         grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-        grad_query, grad_rpb, _ = flash.query_gradient(
-            problem, operands, aligned(output.contiguous()), lse.contiguous(), grad_output, grad_lse, needs_rpb_grad
+        grad_query, grad_rpb, delta = flash.query_gradient(
+            problem, operands, aligned(output.contiguous()), lse, grad_output, grad_lse, needs_rpb_grad
         )
     else:
-        _launch(problem, QUERY, of_queries, of_keys, statistics, rpb, (grad_query, None))
+        _launch(problem, QUERY, of_queries, of_keys, additional, statistics, rpb, (grad_query, None))
     for part in parts(problem)[1:]:
-        _launch(problem, part, of_keys, of_queries, statistics, rpb, (grad_key, grad_value))
-    return Gradients(grad_query, grad_key, grad_value, grad_rpb)
+        _launch(problem, part, of_keys, of_queries, additional, statistics, rpb, (grad_key, grad_value))
+    if not problem.additional:
+        return Gradients(grad_query, grad_key, grad_value, grad_rpb)
+    of_additional = flash.additional_gradients(problem, operands, lse, delta.contiguous(), grad_output)
+    return Gradients(grad_query, grad_key, grad_value, grad_rpb, *of_additional)
 
 
 def representative_sources() -> Iterable[KernelSource]:
@@ -286,6 +299,9 @@ def representative_sources() -> Iterable[KernelSource]:
                 yield _source(tiles, dtype, head_dim, part)
                 if dtype == torch.bfloat16:
                     yield _source(tiles, dtype, head_dim, part, Bias(torch.float32, (1, 13, 13)))
+                    if not part.keys:
+                        yield _source(tiles, dtype, head_dim, part, additional=True)
+                        yield _source(tiles, dtype, head_dim, part, Bias(torch.float32, (1, 13, 13)), additional=True)
         for rows, columns in (((1, 1, 64), (1, 1, 48)), ((8, 8, 1), (6, 1, 8))):
             for part in (QUERY, KEY_AND_VALUE):
                 yield _source(Tiles(rows, (1, 1, 2), columns, STAGES), dtype, 128, part)

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.backend import Operands
 from kernels.cuda import runtime, tensor_map
 from kernels.cuda.arguments import MAX_RANK, Opaque, padded_axes
 from kernels.cuda.jit import instantiate
 from kernels.problem import Axis, Problem
 
 TENSOR_MAP = Opaque("TensorMap", tensor_map.BYTES)
+NO_MAP = bytes(tensor_map.BYTES)
 
 ROWS = 64  # of one warpgroup
 RESERVED = 1024  # bytes of shared memory that the system takes per block
@@ -134,6 +136,12 @@ def bias_of(problem: Problem, keys: bool = False) -> Bias | None:
     return Bias(problem.rpb_dtype, (first, second, third), problem.heads // problem.key_heads if keys else 1)
 
 
+def extras_config(bias: Bias | None, additional: bool) -> list[object]:
+    """The last template arguments of a kernel that may have a bias and additional keys: no more than it needs."""
+    config: list[object] = [] if bias is None and not additional else ["NoBias" if bias is None else bias.config]
+    return [*config, True] if additional else config
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """Shared memory that boxes of columns and a bias share: bytes in all, and bytes per column of a box."""
@@ -178,6 +186,15 @@ def why_not_tensor(name: str, tensor: Tensor) -> str | None:
         return f"{name} is not aligned to 16 bytes"
     if (tensor.shape[-2] > 1 and head != tensor.shape[-1]) or any(step < width for step in steps):
         return f"{name} has heads that do not follow each other within a token"
+    return None
+
+
+def why_not_operands(operands: Operands) -> str | None:
+    """Why tensor copies cannot read the operands, in a few words; None where they can."""
+    for name in ("query", "key", "value", "additional_keys", "additional_values"):
+        tensor = getattr(operands, name)
+        if tensor is not None and (reason := why_not_tensor(name, tensor)):
+            return reason
     return None
 
 
@@ -268,6 +285,11 @@ def map_tensor(tensor: Tensor, box: tuple[int, int, int], dilation: tuple[int, .
     return _map(
         tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box, tuple(dilation)
     )
+
+
+def map_additional(tensor: Tensor | None, tiles: Tiles) -> bytes:
+    """The map of additional keys or values, whose box is a row of as many tokens as one of columns has; or no map."""
+    return NO_MAP if tensor is None else map_tensor(tensor, (1, 1, math.prod(tiles.columns)), (1,))
 
 
 @functools.lru_cache(maxsize=4096)

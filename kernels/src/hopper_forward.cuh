@@ -5,6 +5,7 @@
 // (FlashAttention-3, arXiv 2407.08608, section 3.2).
 #pragma once
 
+#include "fastna/hopper_additional.cuh"
 #include "fastna/hopper_bias.cuh"
 #include "fastna/wgmma.cuh"
 
@@ -54,25 +55,13 @@ struct HopperForward {
   const HopperForwardArguments& args;
   Shared& shared;
   const Place& place;
+  const HopperBoxes<Tiles, ADDITIONAL> boxes;
 
   FASTNA_DEVICE HopperForward(const HopperForwardArguments& args_, Shared& shared_, const Place& place_)
-      : args(args_), shared(shared_), place(place_) {}
+      : args(args_), shared(shared_), place(place_), boxes{place_} {}
 
   static FASTNA_DEVICE int stage(int step) { return step % STAGES; }
   static FASTNA_DEVICE u32 parity(int step) { return step / STAGES & 1; }
-
-  // Boxes of the window, then of additional keys.
-  FASTNA_DEVICE int steps() const { return place.steps() + (ADDITIONAL ? ceil_div(args.geometry.additional, N) : 0); }
-  FASTNA_DEVICE bool is_additional(int step) const { return ADDITIONAL && step >= place.steps(); }
-  FASTNA_DEVICE int first_additional(int step) const { return (step - place.steps()) * N; }
-
-  FASTNA_DEVICE void copy_keys(u8* to, int step, const TensorMap& map, const TensorMap& additional, MemoryBarrier& full, int channel,
-                               const int (&first)[3]) const {
-    if (!is_additional(step)) return place.copy_slices(to, N, map, full, channel, first);
-    FASTNA_UNROLL
-    for (int s = 0; s < Tiles::SLICES; ++s)
-      copy_box(to + s * N * ROW, additional, full, channel + s * SLICE, first_additional(step), 0, 0, place.batch);
-  }
 
   // One thread: the queries once, then every box of keys as its stage falls free.
   FASTNA_DEVICE void produce() {
@@ -85,16 +74,16 @@ struct HopperForward {
     }
     const int channel = place.head / (args.geometry.heads / args.geometry.key_heads) * D;
     Walk walk{0, {0, 0, 0}, 0};
-    for (const int count = steps(); walk.step < count; place.advance(walk)) {
+    for (const int count = boxes.steps(); walk.step < count; place.advance(walk)) {
       const int s = stage(walk.step);
       const u32 free = parity(walk.step) ^ 1;
       const int first[3] = {place.box_begin(walk, 0), place.box_begin(walk, 1), place.box_begin(walk, 2)};
       barrier_wait(shared.key_empty[s], free);
       barrier_expect(shared.key_full[s], Tiles::BOX_BYTES);
-      copy_keys(shared.key[s], walk.step, args.key, args.additional_keys, shared.key_full[s], channel, first);
+      boxes.copy(shared.key[s], walk.step, args.key, args.additional_keys, shared.key_full[s], channel, first);
       barrier_wait(shared.value_empty[s], free);
       barrier_expect(shared.value_full[s], Tiles::BOX_BYTES);
-      copy_keys(shared.value[s], walk.step, args.value, args.additional_values, shared.value_full[s], channel, first);
+      boxes.copy(shared.value[s], walk.step, args.value, args.additional_values, shared.value_full[s], channel, first);
     }
   }
 
@@ -149,10 +138,8 @@ struct HopperForward {
     };
     // Scores become weights 2^(unit (s - peak)); the sums and what is already summed up are brought to the new peak.
     const auto soften = [&](const Walk& walk) {
-      if (is_additional(walk.step)) {
-        const int left = args.geometry.additional - first_additional(walk.step);
-        FASTNA_UNROLL
-        for (int i = 0; i < N / 2; ++i) scores[i] = i / 4 * 8 + 2 * quad + i % 2 < left ? scores[i] * (BIAS ? scale : 1.0f) : -infinity();
+      if (boxes.is_additional(walk.step)) {
+        boxes.hide(scores, walk.step, quad, BIAS ? scale : 1.0f);
       } else {
         if constexpr (BIAS) bias.add(scores, place, walk, scale);
         sight.hide(scores, walk, row, quad);
@@ -199,11 +186,10 @@ struct HopperForward {
     };
     if (w == 1) end_turn();
 
-    const auto needs = [&](const Walk& walk) { return is_additional(walk.step) ? !sight.idle : sight.needs(walk); };
-    const int count = steps();
+    const int count = boxes.steps();
     Walk walk{0, {0, 0, 0}, 0};
     const auto skip_unneeded = [&]() {
-      for (; walk.step < count && !needs(walk); place.advance(walk)) {
+      for (; walk.step < count && !boxes.needs(sight, walk); place.advance(walk)) {
         begin_turn();
         end_turn();
         // The stage is released only after it was filled: an arrival before that would count for its last use. Every warp releases it
@@ -228,7 +214,7 @@ struct HopperForward {
       pack();
       int last = walk.step;
       place.advance(walk);
-      while (walk.step < count && needs(walk)) {
+      while (walk.step < count && boxes.needs(sight, walk)) {
         begin_turn();
         multiply_query_key(walk.step);
         multiply_weights_value(last);

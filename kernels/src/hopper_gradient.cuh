@@ -10,6 +10,7 @@
 // Weights and their gradients go to the second products in registers: an accumulator of s^T or ds^T is laid out as the operand wants it.
 #pragma once
 
+#include "fastna/hopper_additional.cuh"
 #include "fastna/hopper_bias.cuh"
 #include "fastna/wgmma.cuh"
 
@@ -17,6 +18,7 @@ namespace fastna {
 
 struct HopperGradientArguments {
   TensorMap first_rows, second_rows, first_columns, second_columns;
+  TensorMap additional_keys, additional_values;  // rows are queries; a box is a row of as many tokens as one of columns has
   TensorMap column_statistics;     // rows are keys: of the queries
   const float4* row_statistics;    // rows are queries: [batch, *space, heads] of {lse * log2(e), delta, 0, 0}
   TensorArguments grad_first, grad_second;  // grad_query; or grad_key and grad_value
@@ -28,16 +30,19 @@ struct HopperGradientArguments {
 // QUEUED: dp of a box is asked for before the last box's gradients are summed up. It keeps the matrix units busy longer, and costs the
 // registers of the factors of those sums.
 // FIRST, SECOND: which gradients are summed up, grad_query or grad_key, and grad_value. Bias: NoBias or a HopperBias.
-template <class Tiles_, int REGISTERS, bool QUEUED_, bool FIRST_, bool SECOND_, class Bias_ = NoBias>
+// ADDITIONAL: there are keys that every query sees, and rows are queries.
+template <class Tiles_, int REGISTERS, bool QUEUED_, bool FIRST_, bool SECOND_, class Bias_ = NoBias, bool ADDITIONAL_ = false>
 struct HopperGradientConfig {
   using Tiles = Tiles_;
   using Bias = Bias_;
   static constexpr int CONSUMER_REGISTERS = REGISTERS;
   static constexpr bool QUEUED = QUEUED_, FIRST = FIRST_, SECOND = SECOND_;
   static constexpr bool KEYS = Tiles::INVERSE;  // rows are keys
+  static constexpr bool ADDITIONAL = ADDITIONAL_;
   static_assert(FIRST || SECOND, "a gradient is summed up");
   static_assert(KEYS || !SECOND, "queries have one gradient");
   static_assert(FIRST || !QUEUED, "dp is for the first gradient");
+  static_assert(!KEYS || !ADDITIONAL, "additional keys owe nothing to those of the map");
 };
 
 template <class Config>
@@ -68,12 +73,13 @@ struct HopperGradient {
   const HopperGradientArguments& args;
   Shared& shared;
   const Place& place;
+  const HopperBoxes<Tiles, Config::ADDITIONAL> boxes;
   const int shared_heads;  // rows are keys: query heads that share them
 
   FASTNA_DEVICE HopperGradient(const HopperGradientArguments& args_, Shared& shared_, const Place& place_)
-      : args(args_), shared(shared_), place(place_), shared_heads(KEYS ? args_.geometry.heads / args_.geometry.key_heads : 1) {}
+      : args(args_), shared(shared_), place(place_), boxes{place_}, shared_heads(KEYS ? args_.geometry.heads / args_.geometry.key_heads : 1) {}
 
-  FASTNA_DEVICE int steps() const { return place.steps() * shared_heads; }
+  FASTNA_DEVICE int steps() const { return boxes.steps() * shared_heads; }
   static FASTNA_DEVICE int first_stage(int step) { return step % STAGES; }
   static FASTNA_DEVICE u32 first_parity(int step) { return step / STAGES & 1; }
   static FASTNA_DEVICE int second_stage(int step) { return step % SECOND_STAGES; }
@@ -100,10 +106,10 @@ struct HopperGradient {
       const int at[3] = {place.box_begin(walk, 0), place.box_begin(walk, 1), place.box_begin(walk, 2)};
       barrier_wait(shared.first_empty[f], first_parity(walk.step) ^ 1);
       barrier_expect(shared.first_full[f], Tiles::BOX_BYTES);
-      place.copy_slices(shared.first[f], N, args.first_columns, shared.first_full[f], head * D, at);
+      boxes.copy(shared.first[f], walk.step, args.first_columns, args.additional_keys, shared.first_full[f], head * D, at);
       barrier_wait(shared.second_empty[s], second_parity(walk.step) ^ 1);
       barrier_expect(shared.second_full[s], Tiles::BOX_BYTES + (KEYS ? N * sizeof(float4) : 0));
-      place.copy_slices(shared.second[s], N, args.second_columns, shared.second_full[s], head * D, at);
+      boxes.copy(shared.second[s], walk.step, args.second_columns, args.additional_values, shared.second_full[s], head * D, at);
       if constexpr (KEYS)
         copy_box(shared.statistics[s], args.column_statistics, shared.second_full[s], head * 4, place.token(2, at[2]), place.token(1, at[1]),
                  place.token(0, at[0]), place.batch);
@@ -191,7 +197,7 @@ struct HopperGradient {
     const int count = steps();
     Walk walk{0, {0, 0, 0}, 0};
     const auto skip_unneeded = [&]() {
-      for (; walk.step < count && !sight.needs(walk); place.advance(walk)) {
+      for (; walk.step < count && !boxes.needs(sight, walk); place.advance(walk)) {
         // A stage is released only after it was filled: an arrival before that would count for its last use. Every warp releases it
         // for itself, after all its lanes have waited: whoever still waits while the stage is filled anew twice would wait for ever.
         barrier_wait(shared.first_full[first_stage(walk.step)], first_parity(walk.step));
@@ -204,8 +210,12 @@ struct HopperGradient {
     // lse comes with the second half of a box.
     const auto weigh = [&]() {
       if constexpr (KEYS && !QUEUED) barrier_wait(shared.second_full[second_stage(walk.step)], second_parity(walk.step));
-      if constexpr (BIAS) bias.add(scores, place, walk, scale);
-      sight.hide(scores, walk, row, quad);
+      if (boxes.is_additional(walk.step)) {
+        boxes.hide(scores, walk.step, quad, BIAS ? scale : 1.0f);
+      } else {
+        if constexpr (BIAS) bias.add(scores, place, walk, scale);
+        sight.hide(scores, walk, row, quad);
+      }
       FASTNA_UNROLL
       for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * (BIAS ? 1.0f : scale) - statistic(walk.step, i, 0));
     };
@@ -243,7 +253,7 @@ struct HopperGradient {
       differentiate();
       int last = walk.step;
       place.advance(walk);
-      while (walk.step < count && sight.needs(walk)) {
+      while (walk.step < count && boxes.needs(sight, walk)) {
         // The weights of this box are computed while the last one's gradients are summed up.
         multiply_first(walk.step);
         add_gradients(last);

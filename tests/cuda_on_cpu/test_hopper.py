@@ -72,7 +72,8 @@ def check_backward(
     )
     rounded = guarded(output.to(problem.dtype)), guarded(lse.float())
     gradients = family.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad)
-    for name in ("query", "key", "value", *(("rpb",) if needs_rpb_grad else ())):
+    names = ["query", "key", "value", *(["rpb"] if needs_rpb_grad else [])]
+    for name in names + (["additional_keys", "additional_values"] if problem.additional else []):
         close(f"gradient of {name}", getattr(gradients, name), getattr(wanted, name), 2 * TOLERANCE[problem.dtype])
     return gradients
 
@@ -152,8 +153,10 @@ def test_additional_keys(
         *axes, batch=2, heads=2, key_heads=1, head_dim=64, additional=additional, rpb_dtype=rpb_dtype
     )
     check_forward(problem)
-    for family in (hopper_backward, hopper_joint):
-        assert "additional keys" in str(family.why_not(problem))
+    check_backward(problem)
+    if rpb_dtype is not None:
+        check_backward(problem, needs_rpb_grad=True)
+    assert "additional keys" in str(hopper_joint.why_not(problem))
 
 
 def test_bias_at_a_large_head_dim(emulator: EmulatorRuntime) -> None:
@@ -220,20 +223,24 @@ def test_joint_gradients_where_a_warpgroup_skips_boxes(emulator: EmulatorRuntime
     check_backward(make_problem(Axis(420, 40), head_dim=128), family=hopper_joint)
 
 
-def check_scores_far_below_zero() -> None:
-    """Rows that are no key must be left alone: their weights would be 2^-lse, infinite, times keys of zeros."""
-    problem = make_problem(Axis(20, 20), Axis(20, 20), head_dim=64, scale=1.0)
+def check_scores_far_below_zero(family: ModuleType, additional: int = 0) -> None:
+    """What is no key must be left alone: its weight would be 2^-lse, infinite, times a key of zeros."""
+    problem = make_problem(Axis(20, 20), Axis(20, 20), head_dim=64, scale=1.0, additional=additional)
     operands = make_operands(problem)
     operands.query.fill_(-4)
-    operands.key.fill_(4)  # scores of -1024
-    output, lse = hopper.forward(problem, operands)
+    for keys in (operands.key, operands.additional_keys):
+        if keys is not None:
+            keys.fill_(4)  # scores of -1024
+    output, lse = Reference().forward(in_doubles(problem), doubles(operands))
+    output, lse = guarded(output.half()), guarded(lse.float())
     grad_output = guarded(torch.randn(output.shape).half())
-    gradients = hopper_joint.backward(problem, operands, output, lse, grad_output, None, needs_rpb_grad=False)
+    gradients = family.backward(problem, operands, output, lse, grad_output, None, needs_rpb_grad=False)
     assert gradients.query.isfinite().all()
 
 
 def test_scores_far_below_zero(emulator: EmulatorRuntime) -> None:
-    check_scores_far_below_zero()
+    check_scores_far_below_zero(hopper_joint)
+    check_scores_far_below_zero(hopper_backward, additional=20)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from test_hopper import (
 )
 from test_mutations import source_of
 
-from kernels.cuda import hopper_joint
+from kernels.cuda import hopper_backward, hopper_joint
 from kernels.cuda.hopper_tiles import Tiles
 from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis
@@ -64,6 +64,8 @@ GRADIENT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("const int shared_heads;", "static constexpr int shared_heads = 1;"),
         (", shared_heads(KEYS ? args_.geometry.heads / args_.geometry.key_heads : 1)", ""),
     ],
+    "the first additional keys in every box of them": [("first_additional(step), 0, 0,", "0, 0, 0,")],
+    "weights of no additional key": [("i % 2 < left ?", "i % 2 < N ?")],
     "gradients stored before all warps are done": [
         ("    named_barrier(1 + w, 128);\n    for (int i = thread", "    for (int i = thread")
     ],
@@ -106,13 +108,13 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
 
 
 def break_kernel(header: str, edits: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {name: source_of(name) for name in (header, "fastna/hopper_tiles.cuh")}
+    texts = {name: source_of(name) for name in (header, "fastna/hopper_tiles.cuh", "fastna/hopper_additional.cuh")}
     for old, new in edits:
         found = [name for name, text in texts.items() if old in text]
         assert [texts[name].count(old) for name in found] == [1], f"{header} changed: say anew how to break it"
         texts[found[0]] = texts[found[0]].replace(old, new)
     for name, text in texts.items():
-        (folder / name).parent.mkdir()
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.setattr(emulation, "ROOTS", (folder, *emulation.ROOTS))
 
@@ -124,7 +126,8 @@ def test_a_broken_gradient_is_caught(mistake: str, tmp_path: Path, monkeypatch: 
     for seed in range(8):
         with use_runtime("cpu", EmulatorRuntime(seed)):
             try:
-                check_backward(make_problem(Axis(300, 70), heads=2, key_heads=1, head_dim=64))
+                check_backward(make_problem(Axis(300, 70), heads=2, key_heads=1, head_dim=64, additional=20))
+                check_scores_far_below_zero(hopper_backward, additional=20)
             except (EmulationError, AssertionError):
                 return
     pytest.fail(f"nobody noticed: {mistake}")
@@ -137,7 +140,7 @@ def test_broken_joint_gradients_are_caught(mistake: str, tmp_path: Path, monkeyp
         with use_runtime("cpu", EmulatorRuntime(seed)):
             try:
                 check_backward(make_problem(Axis(300, 140), head_dim=64), family=hopper_joint)
-                check_scores_far_below_zero()
+                check_scores_far_below_zero(hopper_joint)
             except (EmulationError, AssertionError):
                 return
     pytest.fail(f"nobody noticed: {mistake}")
