@@ -1,7 +1,8 @@
 """`hopper_joint`: gradients for large windows on sm_90a by one kernel, not the same bits every time.
 
 Four launches: zeros, what every query needs besides its vectors (hopper_statistics.cuh), all gradients, with that of
-the queries summed up in float32 (hopper_joint.cuh), and its scaling and rounding (hopper_sums.cuh).
+the queries summed up in float32 (hopper_joint.cuh), and its scaling and rounding (hopper_sums.cuh). Where the gradient
+of a bias is wanted, that comes with the queries' from a flash kernel: hopper_backward's way, fewer products in all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch import Tensor
 from kernels.backend import Gradients, Operands
 from kernels.cuda import arguments, hopper_backward, hopper_tiles, runtime
 from kernels.cuda.arguments import GEOMETRY, INT, INT64, MAX_RANK, POINTER, TENSOR, Struct
-from kernels.cuda.hopper_tiles import TENSOR_MAP, Tiles, choose_tiles, map_tensor
+from kernels.cuda.hopper_tiles import (
+    TENSOR_MAP,
+    Bias,
+    Tiles,
+    bias_of,
+    choose_tiles,
+    extras_config,
+    map_tensor,
+    room_beside,
+)
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -33,8 +43,9 @@ HOPPER_JOINT = Struct(
     sums=POINTER,
     geometry=GEOMETRY,
     tiles=INT.array(MAX_RANK),
+    rpb=POINTER,
 )
-_set_joint = HOPPER_JOINT.pointers("grad_key.data", "grad_value.data", "sums")
+_set_joint = HOPPER_JOINT.pointers("grad_key.data", "grad_value.data", "sums", "rpb")
 HOPPER_SUMS = Struct(
     "HopperSumsArguments",
     header="src/hopper_sums.cuh",
@@ -55,11 +66,11 @@ _SUMS_THREADS = 256
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the backward pass, in one sentence; None where it does."""
-    reason = hopper_tiles.why_not(problem)
+    reason = hopper_backward.why_not(problem) if problem.has_rpb else hopper_tiles.why_not(problem)
     if reason is not None:
         return reason
-    if problem.has_rpb or problem.additional:
-        return "it takes neither a bias nor additional keys"
+    if problem.additional:
+        return "it takes no additional keys"
     if problem.head_dim not in COLUMNS:
         return f"it takes a head_dim of {', '.join(map(str, COLUMNS))}, not {problem.head_dim}"
     return hopper_tiles.why_no_tiles(problem) if _tiles(problem) is None else None
@@ -69,13 +80,16 @@ why_not_gradient = hopper_backward.why_not_gradient
 
 
 def _tiles(problem: Problem) -> Tiles | None:
-    axes = arguments.padded_axes(problem)
-    return choose_tiles(axes, 2, COLUMNS[problem.head_dim], STAGES, inverse=True, exact=True)
+    axes, bias = arguments.padded_axes(problem), bias_of(problem, keys=True)
+    columns = COLUMNS[problem.head_dim]
+    shared_bytes = functools.partial(_shared_bytes, head_dim=problem.head_dim)
+    room = room_beside(bias, problem, 2, STAGES, shared_bytes)
+    return choose_tiles(axes, 2, columns, STAGES, inverse=True, room=room, exact=True)
 
 
-def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int) -> KernelSource:
+def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None) -> KernelSource:
     registers = (tiles.registers * tiles.groups + 24 - _PRODUCER_REGISTERS) // tiles.groups // 8 * 8
-    config = tiles.config(dtype, head_dim, inverse=True), _PRODUCER_REGISTERS, registers
+    config = [tiles.config(dtype, head_dim, inverse=True), _PRODUCER_REGISTERS, registers, *extras_config(bias)]
     return KernelSource(
         "src/hopper_joint.cuh",
         "hopper_joint",
@@ -90,14 +104,14 @@ def _sums_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
     return KernelSource("src/hopper_sums.cuh", "hopper_sums", config, "HopperSumsArguments", _SUMS_THREADS)
 
 
-def _shared_bytes(tiles: Tiles, head_dim: int) -> int:
+def _shared_bytes(tiles: Tiles, head_dim: int, bias: Bias | None = None) -> int:
     columns = math.prod(tiles.columns)
     boxes = 2 * tiles.stages * tiles.box_bytes(head_dim)
     slopes = 2 * tiles.groups * hopper_tiles.ROWS * columns * 2
     sums, statistics = 4 * columns * head_dim, 16 * tiles.stages * columns
     barriers = 8 * (3 + 4 * tiles.stages)
     used = 2 * tiles.rows_bytes(head_dim) + boxes + slopes + sums + statistics + barriers + tiles.windows_bytes
-    return -(-used // 16) * 16
+    return -(-used // 16) * 16 + (0 if bias is None else bias.bytes(tiles.rows, tiles.columns))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -119,8 +133,8 @@ def _plan(problem: Problem, grad_strides: tuple[int, ...]) -> tuple[KernelSource
         tiles=counts,
     )
     grid = math.prod(counts) * math.prod(problem.dilation) * problem.key_heads * problem.batch
-    source = _source(tiles, problem.dtype, problem.head_dim)
-    return source, grid, _shared_bytes(tiles, problem.head_dim), packed, tiles
+    specifics = problem.head_dim, bias_of(problem, keys=True)
+    return _source(tiles, problem.dtype, *specifics), grid, _shared_bytes(tiles, *specifics), packed, tiles
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,7 +154,10 @@ def backward(
     needs_rpb_grad: bool,
 ) -> Gradients:
     """Gradients of the operands of a problem and tensors that `why_not` and `why_not_gradient` accept."""
+    if needs_rpb_grad:
+        return hopper_backward.backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
     query, key, value = operands.query, operands.key, operands.value
+    rpb = None if operands.rpb is None else operands.rpb.contiguous()
     statistics = hopper_backward.statistics_of(problem, output, lse, grad_output, grad_lse)
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
     padded_tokens = math.prod(axis.dilation * axis.group_length(0) for axis in problem.axes)
@@ -149,7 +166,7 @@ def backward(
     source, grid, shared_bytes, packed, tiles = _plan(problem, grad_key.stride())
     boxes = ((key, tiles.rows), (value, tiles.rows), *((t, tiles.columns) for t in (query, grad_output, statistics)))
     maps = b"".join(map_tensor(tensor, box, problem.dilation) for tensor, box in boxes)
-    addresses = grad_key.data_ptr(), grad_value.data_ptr(), sums.data_ptr()
+    addresses = map(arguments.address, (grad_key, grad_value, sums, rpb))
     packed = _set_joint(maps + packed[len(maps) :], *addresses)
     runtime.kernel(source, problem.device).launch(grid, shared_bytes, packed)
 
@@ -163,7 +180,11 @@ def representative_sources() -> Iterable[KernelSource]:
     """One configuration per head_dim and rank, for the compile check; sm_90a only."""
     for dtype in (torch.float16, torch.bfloat16):
         for head_dim, columns in COLUMNS.items():
-            yield _source(Tiles((1, 8, 8), (1, 1, 2), (1, columns // 8, 8), STAGES), dtype, head_dim)
+            tiles = Tiles((1, 8, 8), (1, 1, 2), (1, columns // 8, 8), STAGES)
+            yield _source(tiles, dtype, head_dim)
+            if dtype == torch.bfloat16:
+                yield _source(tiles, dtype, head_dim, Bias(torch.float32, (1, 13, 13)))
+                yield _source(tiles, dtype, head_dim, Bias(torch.float32, (1, 13, 13), heads=2))
             yield _sums_source(dtype, head_dim)
         yield _source(Tiles((1, 1, 64), (1, 1, 2), (1, 1, 64), STAGES), dtype, 128)
         yield _source(Tiles((8, 8, 1), (1, 1, 2), (4, 2, 8), STAGES), dtype, 128)

@@ -136,7 +136,7 @@ def bias_of(problem: Problem, keys: bool = False) -> Bias | None:
     return Bias(problem.rpb_dtype, (first, second, third), problem.heads // problem.key_heads if keys else 1)
 
 
-def extras_config(bias: Bias | None, additional: bool) -> list[object]:
+def extras_config(bias: Bias | None, additional: bool = False) -> list[object]:
     """The last template arguments of a kernel that may have a bias and additional keys: no more than it needs."""
     config: list[object] = [] if bias is None and not additional else ["NoBias" if bias is None else bias.config]
     return [*config, True] if additional else config

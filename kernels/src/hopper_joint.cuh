@@ -7,7 +7,7 @@
 // in any order, hence the bits.
 #pragma once
 
-#include "fastna/hopper_tiles.cuh"
+#include "fastna/hopper_bias.cuh"
 #include "fastna/wgmma.cuh"
 
 namespace fastna {
@@ -19,6 +19,7 @@ struct HopperJointArguments {
   float* sums;  // see HopperSums
   Geometry geometry;
   int tiles[3];  // blocks along each axis of the longest dilation group
+  const void* rpb;
 };
 
 // Where the gradient of a query is added up: [batch, heads, dilation groups, positions of the longest one, head_dim], float32, zero at
@@ -35,10 +36,11 @@ struct HopperSums {
   static FASTNA_DEVICE int chunk(int channels, int last_position) { return channels ^ (last_position & 3); }
 };
 
-// Registers of each thread that copies or adds up, and of each that multiplies.
-template <class Tiles_, int PRODUCER_REGISTERS_, int CONSUMER_REGISTERS_>
+// Registers of each thread that copies or adds up, and of each that multiplies. Bias: NoBias or a HopperBias.
+template <class Tiles_, int PRODUCER_REGISTERS_, int CONSUMER_REGISTERS_, class Bias_ = NoBias>
 struct HopperJointConfig {
   using Tiles = Tiles_;
+  using Bias = Bias_;
   static constexpr int PRODUCER_REGISTERS = PRODUCER_REGISTERS_, CONSUMER_REGISTERS = CONSUMER_REGISTERS_;
 };
 
@@ -48,6 +50,8 @@ struct HopperJoint {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
+  using Bias = typename Config::Bias;
+  static constexpr bool BIAS = Bias::PRESENT;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, GROUPS = Tiles::WARPGROUPS, STAGES = Tiles::STAGES;
   static constexpr int ROW = Tiles::ROW_BYTES, SLICE = Tiles::SLICE;
   // A warpgroup sums up grad_query of 64 queries of the box: its own, or all share them and it has a slice of the channels.
@@ -140,7 +144,13 @@ struct HopperJoint {
       sight.all[a] = {0, 0};
       if (thread < 64 && own[a] + Place::row_offset(thread, a) >= place.length[a]) shared.windows[w][a][thread] = {0, 0};
     }
-    named_barrier(1 + w, 128);
+    const HopperBiasTable<Bias, Tiles> bias(reinterpret_cast<float*>(&shared + 1), own, row, quad);
+    if constexpr (BIAS) {
+      bias.load(args.rpb, place.head * shared_heads, w * 128 + thread, GROUPS * 128);
+      named_barrier(ALL_CONSUMERS, GROUPS * 128);
+    } else {
+      named_barrier(1 + w, 128);
+    }
     barrier_wait(shared.rows_full, 0);
 
     const float scale = args.geometry.scale * LOG2_E;
@@ -178,9 +188,10 @@ struct HopperJoint {
     const auto differentiate = [&](const Walk& walk) {
       const float4* statistics = shared.statistics[stage(walk.step)];
       wgmma_wait<1>();
+      if constexpr (BIAS) bias.add(scores, place, walk, scale);
       sight.hide(scores, walk, row, quad);
       FASTNA_UNROLL
-      for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * scale - statistics[i / 4 * 8 + 2 * quad + (i & 1)].x);
+      for (int i = 0; i < N / 2; ++i) scores[i] = exp2_approx(scores[i] * (BIAS ? 1.0f : scale) - statistics[i / 4 * 8 + 2 * quad + (i & 1)].x);
       wgmma_wait<0>();
       FASTNA_UNROLL
       for (int i = 0; i < N / 4; ++i) {

@@ -176,18 +176,21 @@ def test_bias_of_rows_in_any_box(
     check_backward(problem)
 
 
-def test_the_gradient_of_a_bias(emulator: EmulatorRuntime) -> None:
-    check_backward(
-        make_problem(Axis(20, 12), Axis(24, 13), heads=2, head_dim=32, rpb_dtype=torch.float32), needs_rpb_grad=True
-    )
+@pytest.mark.parametrize("family", [hopper_backward, hopper_joint], ids=lambda family: family.__name__)
+def test_the_gradient_of_a_bias(emulator: EmulatorRuntime, family: ModuleType) -> None:
+    problem = make_problem(Axis(20, 12), Axis(24, 13), heads=2, head_dim=32, rpb_dtype=torch.float32)
+    check_backward(problem, needs_rpb_grad=True, family=family)
 
 
 def test_a_bias_that_shared_memory_does_not_hold(emulator: EmulatorRuntime) -> None:
     axes = Axis(30, 18), Axis(48, 24), Axis(80, 24)
     assert hopper.why_not(make_problem(*axes, head_dim=128)) is None
     problem = make_problem(*axes, head_dim=128, rpb_dtype=torch.float32)
-    for family in (hopper, hopper_backward):
+    for family in (hopper, hopper_backward, hopper_joint):
         assert "a bias of (35, 47, 47)" in str(family.why_not(problem))
+    problem = make_problem(Axis(128, 48), Axis(128, 48), head_dim=128, rpb_dtype=torch.float32)
+    assert hopper_backward.why_not(problem) is None
+    assert "a bias of (95, 95)" in str(hopper_joint.why_not(problem))
 
 
 def test_dilations_that_leave_small_boxes(emulator: EmulatorRuntime) -> None:
@@ -217,6 +220,22 @@ def test_joint_gradients_of_batches_and_shared_heads(emulator: EmulatorRuntime) 
     check_backward(problem, family=hopper_joint)
     problem = make_problem(Axis(13, 7), Axis(20, 12), batch=2, heads=3, head_dim=64)
     check_backward(problem, packed=True, family=hopper_joint)
+
+
+@pytest.mark.parametrize(
+    ("axes", "head_dim", "rpb_dtype"),
+    [
+        ((Axis(300, 140),), 128, torch.float16),
+        ((Axis(18, 10, causal=True), Axis(21, 8, stride=5)), 64, torch.float32),
+        ((Axis(6, 5), Axis(12, 5, 2), Axis(13, 7)), 32, torch.float32),
+    ],
+    ids=str,
+)
+def test_joint_gradients_with_a_bias(
+    emulator: EmulatorRuntime, axes: tuple[Axis, ...], head_dim: int, rpb_dtype: torch.dtype
+) -> None:
+    problem = make_problem(*axes, heads=2, key_heads=1, head_dim=head_dim, rpb_dtype=rpb_dtype)
+    check_backward(problem, family=hopper_joint)
 
 
 def test_joint_gradients_where_a_warpgroup_skips_boxes(emulator: EmulatorRuntime) -> None:

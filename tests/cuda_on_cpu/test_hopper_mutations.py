@@ -6,6 +6,7 @@ from pathlib import Path
 
 import emulator as emulation
 import pytest
+import torch
 from emulator import EmulationError, EmulatorRuntime
 from test_flash import make_problem
 from test_hopper import (
@@ -103,6 +104,9 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "keys overwritten while others multiply them": [
         ("    // Nobody multiplies with these keys any more.\n    named_barrier(ALL_CONSUMERS, GROUPS * 128);\n", "")
     ],
+    "bias not waited for": [
+        ("GROUPS * 128);\n      named_barrier(ALL_CONSUMERS, GROUPS * 128);\n    } else {\n", "GROUPS * 128);\n    } else {\n")
+    ],
     "rows that are no key not hidden": [("      sight.all[a] = {0, 0};\n", "")],
 }
 
@@ -139,7 +143,8 @@ def test_broken_joint_gradients_are_caught(mistake: str, tmp_path: Path, monkeyp
     for seed in range(8):
         with use_runtime("cpu", EmulatorRuntime(seed)):
             try:
-                check_backward(make_problem(Axis(300, 140), head_dim=64), family=hopper_joint)
+                problem = make_problem(Axis(300, 140), heads=2, head_dim=64, rpb_dtype=torch.float32)
+                check_backward(problem, family=hopper_joint)
                 check_scores_far_below_zero(hopper_joint)
             except (EmulationError, AssertionError):
                 return
