@@ -105,7 +105,10 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("    // Nobody multiplies with these keys any more.\n    named_barrier(ALL_CONSUMERS, GROUPS * 128);\n", "")
     ],
     "bias not waited for": [
-        ("GROUPS * 128);\n      named_barrier(ALL_CONSUMERS, GROUPS * 128);\n    } else {\n", "GROUPS * 128);\n    } else {\n")
+        (
+            "GROUPS * 128);\n      named_barrier(ALL_CONSUMERS, GROUPS * 128);\n    } else {\n",
+            "GROUPS * 128);\n    } else {\n",
+        )
     ],
     "rows that are no key not hidden": [("      sight.all[a] = {0, 0};\n", "")],
 }
