@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import explain, na1d, na2d, na3d, set_deterministic
+from kernels import explain, na1d, na2d, na3d, neighborhood_attention, set_deterministic
 
 BACKENDS = ("naive", "gemm", "fused")
 HALF = (torch.float16, torch.bfloat16)
@@ -222,3 +222,18 @@ def test_tf32_only_where_pytorch_allows_it(cuda, dtype):
     for precision, tolerance in zip(("ieee", "tf32"), tolerances, strict=True):
         torch.backends.cuda.matmul.fp32_precision = precision
         assert relative(na2d(query, key, value, 7, backend="fused"), exact) <= tolerance
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("space", [(600,), (24, 25), (8, 9, 10)], ids=str)
+def test_a_window_that_holds_the_whole_map(cuda, space, head_dim):
+    """PyTorch's own attention forward, ours backward: one lse for both."""
+    query, key, value = (t.requires_grad_() for t in projection(cuda, torch.bfloat16, 2, *space, 2, head_dim))
+    results = []
+    for convert in (torch.bfloat16, torch.float64):
+        operands = [t.detach().to(convert, copy=True).requires_grad_() for t in (query, key, value)]
+        backend = "reference" if convert is torch.float64 else "fused"
+        output, lse = neighborhood_attention(*operands, space, return_lse=True, backend=backend)
+        results.append([output, lse, *torch.autograd.grad(output.square().sum() + lse.sum(), operands)])
+    for name, one, other in zip(("output", "lse", "query", "key", "value"), *results, strict=True):
+        assert relative(one, other) < 1e-2, name
