@@ -265,6 +265,8 @@ def _workloads(quick: bool) -> list[Case]:
     return small if quick else small + large
 
 
+SAMPLES = {f"paper-{rank}d": _paper(rank) for rank in (1, 2, 3)}
+
 SUITES: dict[str, Callable[[bool], list[Case]]] = {
     "floors": _floors,
     "nat": _nat,
@@ -273,9 +275,7 @@ SUITES: dict[str, Callable[[bool], list[Case]]] = {
     "experiment-3": _experiment_3,
     "ablation-window": _ablation_window,
     "workloads": _workloads,
-    "paper-1d": _paper(1),
-    "paper-2d": _paper(2),
-    "paper-3d": _paper(3),
+    **SAMPLES,
 }
 
 

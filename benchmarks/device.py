@@ -32,10 +32,15 @@ def device_name(device: torch.device) -> str:
     """The device's name as a person would say it: `NVIDIA H200`, or the processor's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _processor_fact("model name") or platform.processor() or platform.machine()
+
+
+def _processor_fact(name: str, unit: str = "") -> str:
+    """What Linux says of the first core under `name`; nothing elsewhere."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        if line.startswith(name):
+            return f"{line.split(':', 1)[1].strip()} {unit}".strip()
+    return ""
 
 
 def commit() -> str:
@@ -70,8 +75,22 @@ def describe(device: torch.device) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     if device.type == "cuda":
-        facts |= _clocks(device) | {"cuda": str(torch.version.cuda)}
-    return facts
+        return facts | _clocks(device) | {"cuda": str(torch.version.cuda)}
+    return facts | {"instructions": torch.backends.cpu.get_cpu_capability(), "clock": _processor_fact("cpu MHz", "MHz")}
+
+
+def out_of_memory(failure: BaseException) -> bool:
+    """Whether memory ran out: a GPU's, which has an exception of its own, or a CPU's, which PyTorch only words."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or any(w in str(failure) for w in words)
+
+
+def failure_status(failure: BaseException) -> str:
+    """What a record says of a method or a model that did not run."""
+    if out_of_memory(failure):
+        return "out of memory"
+    first = (str(failure).splitlines() or [""])[0]
+    return f"failed: {type(failure).__name__}: {first[:200]}"
 
 
 def results_folder(device: torch.device) -> Path:

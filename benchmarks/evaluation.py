@@ -92,8 +92,8 @@ def _on_gpu(device: torch.device, folder: Path, quick: bool) -> list[Step]:
 
 def _on_cpu(device: torch.device, folder: Path) -> list[Step]:
     where, single = (device, folder), ["float32"]
-    names = ("nat_mini", "dinat_mini", "dinat_s_tiny", "swin_tiny_patch4_window7_224")
-    table = models.settings(names, ["inference", "training"], ["tiled"], batch=2, precision="float32")
+    names = ("nat_mini", "nat_tiny", "dinat_tiny", *models.CONTEXT)
+    table = models.settings(names, ["inference", "training"], ["native", "tiled"], batch=4, precision="float32")
     return [
         *_kernels(["nat", "experiment-1", "experiment-3"], ["forward", "both"], 3, *where, batch=1, dtypes=single),
         *_kernels(["experiment-2"], ["forward"], 1, *where, batch=1, dtypes=["float32", "bfloat16"]),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from benchmarks.device import device_name
+from benchmarks.timing import measure
 from kernels.problem import Axis, Problem
 
 
@@ -22,6 +27,53 @@ class Ceilings:
 CEILINGS = {
     "NVIDIA H200": Ceilings(4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12, torch.float32: 60e12}),
 }
+
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
+PRODUCT_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+@functools.cache
+def _measured_bandwidth(device: torch.device) -> float:
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure({"": [lambda: target.copy_(source)]}, device)[""].low
+
+
+@functools.cache
+def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    side = PRODUCT_SIDE[device.type]
+    left, right = torch.ones(2, side, side, dtype=dtype, device=device)
+    return 2 * side**3 / measure({"": [lambda: left @ right]}, device)[""].low
+
+
+def ceilings_of(device: torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
+    """What `device` can do in `dtypes`: from `CEILINGS`, or measured once, a large copy and a large product for each.
+
+    A CPU without products in 16 bits computes them in float32: the faster of both is its rate.
+    """
+    if known := CEILINGS.get(device_name(device)):
+        return known
+    slowest = [torch.float32] if device.type == "cpu" else []
+    rates = {dtype: max(_measured_rate(device, d) for d in (dtype, *slowest)) for dtype in dtypes}
+    return Ceilings(_measured_bandwidth(device), rates)
+
+
+def as_facts(ceilings: Ceilings) -> dict[str, float]:
+    """The ceilings as an environment's facts, which `ceilings_from` reads."""
+    rates = {str(dtype).removeprefix("torch."): rate for dtype, rate in ceilings.flops_per_second.items()}
+    return {"bytes_per_second": ceilings.bytes_per_second, **rates}
+
+
+def ceilings_from(facts: Sequence[Mapping[str, Any]]) -> Ceilings | None:
+    """The ceilings that the facts of runs state of the last run's device, or that are known of it; None without any."""
+    device = facts[-1]["device"] if facts else ""
+    stated: dict[str, float] = {}
+    for fact in facts:
+        stated |= fact.get("ceilings", {}) if fact["device"] == device else {}
+    if not stated:
+        return CEILINGS.get(device)
+    bandwidth = stated.pop("bytes_per_second")
+    return Ceilings(bandwidth, {getattr(torch, name): rate for name, rate in stated.items()})
 
 
 def pairs(axis: Axis) -> int:
@@ -70,6 +122,7 @@ def floor_seconds(problem: Problem, ceilings: Ceilings, direction: str) -> float
     return max(traffic * forward_bytes(problem) / ceilings.bytes_per_second, computing)
 
 
+@functools.cache
 def tiles_along(axis: Axis, query_tile: int, key_tile: int) -> tuple[int, int]:
     """Query tiles along `axis`, and the key tiles that they all visit, each starting at its own union of windows."""
     queries = keys = 0

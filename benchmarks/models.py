@@ -26,7 +26,7 @@ from torch.autograd.profiler_util import FunctionEvent, FunctionEventAvg
 import models  # noqa: F401  registers the zoo with timm
 from benchmarks import summary
 from benchmarks.cases import DTYPES
-from benchmarks.device import describe
+from benchmarks.device import describe, failure_status, out_of_memory
 
 # images/s of the paper's table: naive, GEMM, fused in FP16, then in FP32.
 PAPER = {
@@ -46,6 +46,21 @@ PAPER = {
     "dinat_s_large_384": (295, 239, 391, 211, 193, 245),
     "dinat_large_384_11x11": (153, 134, 312, 116, 115, 179),
 }
+# Hours of 300 epochs of the paper's training table, half precision, no bias: naive, GEMM, fused.
+PAPER_HOURS = {
+    "nat_mini": (19.4, 20.4, 16.6),
+    "dinat_mini": (20.4, 21.2, 17.4),
+    "dinat_s_tiny": (21.1, 22.0, 17.4),
+    "nat_tiny": (26.5, 28.2, 24.0),
+    "dinat_tiny": (27.4, 28.5, 21.9),
+    "dinat_s_small": (33.3, 33.2, 25.1),
+    "nat_small": (39.2, 41.8, 33.7),
+    "dinat_small": (38.0, 40.1, 30.8),
+    "dinat_s_base": (45.4, 46.1, 32.6),
+    "nat_base": (51.1, 54.6, 47.7),
+    "dinat_base": (54.4, 56.0, 41.0),
+}
+GPU_BACKENDS = ("naive", "gemm", "fused")
 CONTEXT = ("swin_tiny_patch4_window7_224", "convnext_tiny", "vit_small_patch16_224")
 
 
@@ -74,13 +89,23 @@ class Setting:
 
 
 def label(record: Mapping[str, Any]) -> str:
-    """The column of a record in a table of models: its backend (`-` for timm's models) and how it is run."""
+    """The column of a record in a table of models: its backend (`timm` for timm's models) and how it is run."""
     backend = record.get("backend")
     how = [name for name in ("compile", "cuda_graph", "channels_last", "loading") if record.get(name) is True]
-    return ", ".join([backend if isinstance(backend, str) else "-", *(name.replace("_", " ") for name in how)])
+    return ", ".join([backend if isinstance(backend, str) else "timm", *(name.replace("_", " ") for name in how)])
 
 
 ZOO = ("nat", "dinat_s", "isotropic")  # the modules of this project's models, as timm lists them
+
+
+def paper_gain(model: str, mode: str, precision: str) -> float | None:
+    """The paper's improvement of fused over naive, %, of a model in `mode`; None where it has none."""
+    if mode == "training":
+        hours = PAPER_HOURS.get(model) if precision != "float32" else None
+        return (hours[0] / hours[2] - 1) * 100 if hours else None
+    figures = PAPER.get(model)
+    first = 3 if precision == "float32" else 0
+    return (figures[first + 2] / figures[first] - 1) * 100 if figures else None
 
 
 def is_ours(name: str) -> bool:
@@ -179,7 +204,7 @@ def attention_share(step: Callable[[Tensor], object], images: Tensor) -> float |
     """Share of a step's device time that is spent in `fastna` operators; None where there is none."""
     cuda = images.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if cuda else [])
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         step(images)
         if cuda:
             torch.cuda.synchronize()
@@ -253,12 +278,9 @@ def measure(
         try:
             measured = _measure_once(dataclasses.replace(setting, batch=batch), device, seconds, batches)
             return {"status": "ok", "batch_used": batch} | measured
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                return {"status": "out of memory"}
         except Exception as failure:  # one failing model is a row of the table, not its end
-            first = (str(failure).splitlines() or [""])[0]
-            return {"status": f"failed: {type(failure).__name__}: {first[:200]}"}
+            if batch == 1 or not out_of_memory(failure):
+                return {"status": failure_status(failure)}
         # Only here has the exception let go of the tensors that its frames held.
         torch.cuda.empty_cache()
         batch //= 2
@@ -323,10 +345,9 @@ def run(
     batches: Callable[[Tensor], Iterator[Tensor]] | None = None,
 ) -> None:  # fmt: skip
     """Measures every setting that the JSON-lines file `path` does not hold yet, and appends it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     wanted = pending(settings, path)
-    with path.open("a") as file, Progress(*columns, transient=True) as progress:
+    with summary.append(path) as file, Progress(*columns, transient=True) as progress:
         for index, setting in enumerate(progress.track(wanted, description="models")):
             if deadline is not None and time.monotonic() > deadline:
                 break

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pandas as pd
 
@@ -27,12 +27,22 @@ def records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def append(path: Path) -> TextIO:
+    """`path`, made with its folder where it is not there, opened for further lines; a line cut short stays its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = path.read_text() if path.exists() else ""
+    file = path.open("a")
+    if earlier and not earlier.endswith("\n"):
+        file.write("\n")
+    return file
+
+
 def load(
     paths: list[Path], index: Sequence[str] = ("suite", "key", "method", "direction")
 ) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """Records of one or more JSON-lines files (of those alike in `index` the newest) and the facts of their runs."""
     everything = [record for path in paths for record in records(path)]
-    facts = [record["environment"] for record in everything if "environment" in record]
+    facts = [{"suite": r.get("suite", "-")} | r["environment"] for r in everything if "environment" in r]
     frame = pd.DataFrame([record for record in everything if "environment" not in record])
     if len(frame):
         frame = frame.drop_duplicates(list(index), keep="last").reset_index(drop=True)
@@ -53,21 +63,39 @@ def improvements(frame: pd.DataFrame, over: str) -> pd.DataFrame:
     for method in wide.columns.drop(over):
         gain = (wide[over] / wide[method] - 1).dropna() * 100
         for (suite, dtype, direction), values in gain.groupby(level=["suite", "dtype", "direction"]):
-            rows.append(
-                {
-                    "suite": suite,
-                    "dtype": dtype,
-                    "direction": direction,
-                    "method": method,
-                    "over": over,
-                    "average": values.mean(),
-                    "min": values.min(),
-                    "max": values.max(),
-                    "won": (values > 0).mean(),
-                    "problems": len(values),
-                }
-            )
+            facts = {"suite": suite, "dtype": dtype, "direction": direction, "method": method, "over": over}
+            rows.append(facts | _spread(values))
     return pd.DataFrame(rows)
+
+
+def precision_gains(frame: pd.DataFrame) -> pd.DataFrame:
+    """Improvement of 16 bits over float32 of the same method, over the problems measured in both; as `improvements`."""
+    timed = frame[frame["status"] == "ok"].assign(
+        dtype=lambda f: f["case"].map(lambda case: case["dtype"]),
+        problem=lambda f: f["key"].str.replace(r"/b?float\d+/", "/", regex=True),
+    )
+    index = ["suite", "problem", "direction", "method"]
+    wide = timed.pivot_table(index=index, columns="dtype", values="seconds", aggfunc="last")
+    if "float32" not in wide:
+        return pd.DataFrame()
+    rows = []
+    for dtype in wide.columns.drop("float32"):
+        gain = (wide["float32"] / wide[dtype] - 1).dropna() * 100
+        for (suite, direction, method), values in gain.groupby(level=["suite", "direction", "method"]):
+            facts = {"suite": suite, "dtype": dtype, "direction": direction, "method": method, "over": "float32"}
+            rows.append(facts | _spread(values))
+    return pd.DataFrame(rows)
+
+
+def _spread(gain: pd.Series) -> dict[str, float]:
+    """Average, least and most of improvements in %, the share of problems won, and how many there are."""
+    return {
+        "average": gain.mean(),
+        "min": gain.min(),
+        "max": gain.max(),
+        "won": (gain > 0).mean(),
+        "problems": len(gain),
+    }
 
 
 # arXiv 2403.04690 on an A100, forward, then forward + backward: average improvement in %, and [min, max] where given.
@@ -116,7 +144,7 @@ def case_table(frame: pd.DataFrame, direction: str) -> pd.DataFrame:
         times.insert(0, "floor", floors)
         if "fused" in times:
             times["fused, share of floor"] = times["floor"] / times["fused"]
-    return times.reset_index()
+    return times.reset_index().rename_axis(columns=None)
 
 
 def transfer_table(frame: pd.DataFrame) -> pd.DataFrame:

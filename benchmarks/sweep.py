@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -16,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import floors, summary
 from benchmarks.cases import DTYPES, Case
 from benchmarks.correctness import Inputs, sampled_error, tolerance
-from benchmarks.device import describe, device_name
+from benchmarks.device import describe, failure_status
+from benchmarks.memory import peak_of
 from benchmarks.methods import BACKENDS, CPU_FLOPS, METHODS, Prepared, Unsupported, make_inputs
 from benchmarks.timing import Call, measure
 from kernels.cuda.dry import DryRuntime
@@ -85,7 +85,7 @@ def run_case(
             ready[name] = prepared
         for direction in directions:
             records[name, direction] = _identity(case, name, direction) | facts
-    ceilings = floors.CEILINGS.get(device_name(device))
+    ceilings = floors.ceilings_of(device, [problem.dtype])
     for direction in directions:
         calls = {name: _calls(prepared, direction) for name, prepared in ready.items()}
         work, traffic = floors.factors(direction)
@@ -94,10 +94,22 @@ def run_case(
             record |= {"seconds": timing.median, "low": timing.low, "high": timing.high, "calls": timing.calls}
             record["tflops"] = work * floors.forward_flops(problem) / timing.median / 1e12
             record["gbytes"] = traffic * floors.forward_bytes(problem) / timing.median / 1e9
-            if ceilings:
-                floor = floors.floor_seconds(problem, ceilings, direction)
-                record |= {"floor_seconds": floor, "floor_share": floor / timing.median}
+            floor = floors.floor_seconds(problem, ceilings, direction)
+            record |= {"floor_seconds": floor, "floor_share": floor / timing.median}
     return list(records.values())
+
+
+def _run_apart(
+    case: Case, names: Sequence[str], device: torch.device, directions: Sequence[str], seconds: float
+) -> list[dict[str, Any]]:
+    """`run_case`; where that fails, which one method's memory can do to all, each method by itself."""
+    try:
+        return run_case(case, names, device, directions, seconds)
+    except Exception as failure:
+        status = failure_status(failure)
+    if len(names) == 1:
+        return [_identity(case, names[0], direction) | {"status": status} for direction in directions]
+    return [record for name in names for record in _run_apart(case, [name], device, directions, seconds)]
 
 
 def _identity(case: Case, name: str, direction: str) -> dict[str, Any]:
@@ -132,8 +144,8 @@ def _try(
     reason = _out_of_reach(name, case, device)
     if reason:
         return {"status": f"unsupported: {reason}"}, []
-    before = 0
-    if device.type == "cuda":
+    cuda, before = device.type == "cuda", 0
+    if cuda:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -141,21 +153,19 @@ def _try(
         started = time.perf_counter()
         prepared = [METHODS[name](case, sets[0], gradient)]
         answer = prepared[0].answer()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize(device)
         facts: dict[str, Any] = {"status": "ok", "setup_seconds": time.perf_counter() - started}
-        facts["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+        peak = torch.cuda.max_memory_allocated(device) - before if cuda else peak_of(prepared[0].answer)
+        facts["peak_bytes"] = peak
         facts["variant"] = prepared[0].variant
         facts["error"] = error = sampled_error(prepared[0].solves, sets[0], answer)
         del answer
         prepared += [METHODS[name](case, inputs, gradient) for inputs in sets[1:]]
     except Unsupported as reason_:
         return {"status": f"unsupported: {reason_}"}, []
-    except torch.OutOfMemoryError:
-        return {"status": "out of memory"}, []
     except Exception as failure:  # a failing peer is a result, not the end of the sweep
-        first = (str(failure).splitlines() or [""])[0]
-        return {"status": f"failed: {type(failure).__name__}: {first[:200]}"}, []
+        return {"status": failure_status(failure)}, []
     if not error <= tolerance(case):
         return facts | {"status": f"wrong: relative error {error:.2e}"}, []
     return facts, prepared
@@ -188,24 +198,21 @@ def run(
     Raises:
         RuntimeError: a kernel broke the device's context. What it did is recorded; running again goes on behind it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     wanted = pending(cases, names, directions, path)
     fresh: list[dict[str, Any]] = []
     gradient = any(direction != "forward" for direction in directions)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with path.open("a") as file, Progress(*columns, transient=True) as progress:
+    with summary.append(path) as file, Progress(*columns, transient=True) as progress:
         for index, case in enumerate(progress.track(list(wanted), description=suite)):
             if deadline is not None and time.monotonic() > deadline:
                 break
             if index == 0:
-                file.write(json.dumps({"suite": suite, "environment": describe(device)}) + "\n")
+                ceilings = floors.ceilings_of(device, {DTYPES[c.dtype] for c in wanted})
+                environment = describe(device) | {"ceilings": floors.as_facts(ceilings)}
+                file.write(json.dumps({"suite": suite, "environment": environment}) + "\n")
             if index % COMPILED_AHEAD == 0:
                 compile_ahead(list(wanted)[index : index + COMPILED_AHEAD], names, device, gradient)
-            try:
-                records = run_case(case, wanted[case], device, directions, seconds)
-            except torch.OutOfMemoryError:
-                pairs = itertools.product(wanted[case], directions)
-                records = [_identity(case, *pair) | {"status": "out of memory"} for pair in pairs]
+            records = _run_apart(case, wanted[case], device, directions, seconds)
             for record in records:
                 file.write(json.dumps({"suite": suite} | record) + "\n")
             file.flush()

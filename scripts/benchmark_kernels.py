@@ -13,19 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import summary, sweep
 from benchmarks.cases import DTYPES, SUITES, Case, adapt, suite
 from benchmarks.device import results_folder
 from benchmarks.methods import METHODS, default_methods
 from benchmarks.summary import BASELINES
+from benchmarks.terminal import console, show
 
 
 def arguments() -> argparse.Namespace:
@@ -77,44 +77,45 @@ def chosen_cases(options: argparse.Namespace, device: torch.device) -> dict[str,
     return {name: adapt(cases, batch, options.dtype or ()) for name, cases in suites.items()}
 
 
+def print_results(name: str, path: Path, directions: Sequence[str]) -> None:
+    """What `path` holds of suite `name`: times, improvements, and what was not timed."""
+    frame, _ = summary.load([path])
+    if frame.empty:
+        return
+    target = console()
+    for direction in directions:
+        times = summary.case_table(frame, direction).drop(columns="suite")
+        show(target, f"{name}, {direction}, microseconds", times)
+    gains = [summary.improvements(frame, over) for over in BASELINES] + [summary.precision_gains(frame)]
+    for table in gains:
+        if len(table):
+            show(target, f"{name}: improvement over {table['over'].iloc[0]}, %", table.drop(columns=["suite", "over"]))
+    problems = frame[~frame["status"].isin(["ok"]) & ~frame["status"].str.startswith("unsupported")]
+    for record in problems.drop_duplicates(["key", "method"]).to_dict("records"):
+        target.print(f"[yellow]{record['name']}: {record['method']}: {record['status']}")
+    target.print(f"results: {path}")
+
+
 def main() -> None:
     options = arguments()
     device = torch.device(options.device)
-    console = Console()
     methods = options.methods or default_methods(device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = options.output or results_folder(device)
+    left = 0
     for name, cases in chosen_cases(options, device).items():
         path = folder / f"kernels-{name}.jsonl"
         if options.fresh or name == "one":
             path.unlink(missing_ok=True)
         sweep.run(name, cases, methods, device, options.direction, path, options.seconds, deadline)
-        frame, _ = summary.load([path])
-        if frame.empty:
-            continue
-        for direction in options.direction:
-            show(console, f"{name}, {direction}, microseconds", summary.case_table(frame, direction))
-        for over in BASELINES:
-            gains = summary.improvements(frame, over)
-            if len(gains):
-                show(console, f"{name}: improvement over {over}, %", gains)
-        problems = frame[~frame["status"].isin(["ok"]) & ~frame["status"].str.startswith("unsupported")]
-        for record in problems.drop_duplicates(["key", "method"]).to_dict("records"):
-            console.print(f"[yellow]{record['name']}: {record['method']}: {record['status']}")
-        console.print(f"results: {path}")
-
-
-def show(console: Console, title: str, frame: object) -> None:
-    import pandas as pd
-
-    assert isinstance(frame, pd.DataFrame)
-    table = Table(title=title)
-    for column in frame.columns:
-        table.add_column(str(column), justify="left" if frame[column].dtype == object else "right")
-    for row in frame.itertuples(index=False):
-        table.add_row(*(summary.format_number(value) for value in row))
-    console.print(table)
+        left += len(sweep.pending(cases, methods, options.direction, path))
+        print_results(name, path, options.direction)
+    if left:
+        print(f"{left} problems are left: the same command goes on")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command goes on")

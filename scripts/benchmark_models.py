@@ -19,13 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
+import timm
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks import models, summary
 from benchmarks.device import results_folder
+from benchmarks.terminal import console, show
 
 COLUMNS = {
     "model": "model",
@@ -46,6 +46,7 @@ COLUMNS = {
     "attention_share": "attention",
     "status": "status",
 }
+COMMON = ("mode", "precision", "batch_used", "compile", "cuda_graph", "channels_last", "loading")
 
 
 def arguments() -> argparse.Namespace:
@@ -72,7 +73,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="begin no new row after so long")
     parser.add_argument("--output", type=Path, help="file of the results (default: results/<device>/models.jsonl)")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := [name for name in options.models or () if not timm.is_model(name.split(".")[0])]:
+        parser.error(f"--models {' '.join(unknown)}: not among timm.list_models(), which holds this zoo's too")
+    return options
 
 
 def loading(folder: Path, workers: int) -> models.Callable[[Tensor], Iterator[Tensor]]:
@@ -121,17 +125,28 @@ def main() -> None:
     rows = chosen(options)
     models.run(rows, device, path, options.seconds, deadline, batches)
     frame, _ = summary.load([path], index=["suite", "key"])
-    frame = frame[frame["key"].isin({row.key for row in rows})]
+    if len(frame):
+        print_results(frame[frame["key"].isin({row.key for row in rows})], f"{device}")
+    print(f"results: {path}")
+    if left := len(models.pending(rows, path)):
+        print(f"{left} rows are left: the same command goes on")
+
+
+def print_results(frame: pd.DataFrame, title: str) -> None:
+    """The table of `frame`'s rows; what all of them have in common stands in the title instead."""
     if "peak_bytes" in frame:
-        frame["peak_GiB"] = pd.to_numeric(frame["peak_bytes"]) / 2**30
-    shown = frame[[column for column in COLUMNS if column in frame]].rename(columns=COLUMNS)
-    table = Table(title=f"{device}, results in {path}")
-    for column in shown.columns:
-        table.add_column(column)
-    for row in shown.itertuples(index=False):
-        table.add_row(*(summary.format_number(value) for value in row))
-    Console().print(table)
+        frame = frame.assign(peak_GiB=pd.to_numeric(frame["peak_bytes"]) / 2**30)
+    table = frame[[column for column in COLUMNS if column in frame]].rename(columns=COLUMNS)
+    for column in (COLUMNS[name] for name in COMMON if COLUMNS[name] in table):
+        values = table[column].unique()
+        if len(values) == 1:
+            value = table.pop(column).iloc[0]
+            title += "" if value is False else f", {column}" if value is True else f", {column} {value}"
+    show(console(), title, table)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command goes on")

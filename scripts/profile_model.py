@@ -41,7 +41,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         step(images)
         if device.type == "cuda":
             torch.cuda.synchronize()

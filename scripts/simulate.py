@@ -3,11 +3,13 @@
 
     python scripts/simulate.py --space 256 256 --window 80 80 --heads 24 --head-dim 128
     python scripts/simulate.py --space 30 48 80 --window 18 24 24 --heads 24 --head-dim 128 --strides
+    python scripts/simulate.py --space 56 56 --heads 2 --head-dim 32 --batch 128 --windows
     python scripts/simulate.py --against results/nvidia-h200
     python scripts/simulate.py --model nat_tiny --batch 128 --against results/nvidia-h200
 
 Floors are those of benchmarks/floors.py; waste is (query, key) pairs multiplied per useful pair. Without a problem,
-every one that --against has measured is predicted; --model accounts for a whole model's forward pass by stage.
+every one that --against has measured is predicted, and held against its measurement; --model accounts for a whole
+model's forward pass by stage. The device is the one that --against was measured on, and an H200 without it.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import account, floors, summary
 from benchmarks.cases import DTYPES, Case
+from benchmarks.device import device_name
+from benchmarks.terminal import console, show
+
+WINDOWS = (3, 5, 7, 9, 11, 13, 16, 21, 24, 32, 48, 64, 80, 96, 128, 256, 512, 1024, 2048, 4096)
+GPU_TILE = 64
+OURS = ("fused", "native")  # what the dispatcher picks on a GPU, and on a CPU
 
 
 def boxes(count: int, rank: int) -> list[tuple[int, ...]]:
@@ -44,10 +50,15 @@ def best_tiles(case: Case, queries: int, keys: int) -> tuple[float, tuple[int, .
     return min((floors.tile_waste(problem, q, k), q, k) for q in boxes(queries, rank) for k in boxes(keys, rank))
 
 
-def candidates(case: Case, strides: bool) -> list[Case]:
-    """The case itself, or with every stride per axis that its window allows, if asked for."""
-    if not strides:
-        return [case]
+def windows(case: Case) -> list[Case]:
+    """The case with windows from 3 up to all that its shortest axis holds, the same on every axis."""
+    longest = min(length // dilation for length, dilation in zip(case.space, case.dilation, strict=True))
+    sizes = sorted({size for size in WINDOWS if size < longest} | {longest})
+    return [case.replace(name=f"window {k}", window=(k,) * len(case.space)) for k in sizes]
+
+
+def strides(case: Case) -> list[Case]:
+    """The case with every stride per axis that its window allows, powers of two and the window itself."""
     choices = [[s for s in (1, 2, 4, 8, 16, k) if s <= k] for k in case.window]
     return [
         case.replace(name=f"stride {'x'.join(map(str, s))}", stride=s) for s in sorted(set(itertools.product(*choices)))
@@ -74,23 +85,34 @@ def predict(case: Case, ceilings: floors.Ceilings, query_tile: int, key_tile: in
     }
 
 
-def measured_forward(paths: list[Path]) -> tuple[dict[str, float], dict[str, Case]]:
-    """Microseconds of `fused` by the case's key, and the cases, from files or folders of results."""
-    files = [file for path in paths for file in (sorted(path.glob("kernels-*.jsonl")) if path.is_dir() else [path])]
-    frame, _ = summary.load(files)
+def measured_forward(frame: pd.DataFrame) -> tuple[dict[str, Case], pd.DataFrame]:
+    """The cases by key, and microseconds by key and method, of the forward passes among records of kernels."""
     if frame.empty:
-        return {}, {}
-    chosen = frame[(frame["method"] == "fused") & (frame["direction"] == "forward") & (frame["status"] == "ok")]
+        return {}, pd.DataFrame()
+    chosen = frame[(frame["direction"] == "forward") & (frame["status"] == "ok")]
     cases = {
-        row["key"]: Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["case"].items()})
-        for row in chosen.to_dict("records")
+        key: Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()})
+        for key, case in zip(chosen["key"], chosen["case"], strict=True)
     }
-    return {row["key"]: row["seconds"] * 1e6 for row in chosen.to_dict("records")}, cases
+    return cases, chosen.pivot_table(index="key", columns="method", values="seconds", aggfunc="last") * 1e6
+
+
+def held_against(table: pd.DataFrame, keys: list[str], times: pd.DataFrame) -> pd.DataFrame:
+    """`table` with what was measured beside what is predicted; `keys` are those of its rows."""
+    there = times.reindex(keys).reset_index(drop=True)
+    ours = next((there[method] for method in OURS if method in there), None)
+    if ours is None:
+        return table
+    table = table.assign(**{"measured us": ours, "measured / attainable": ours / table["attainable us"]})
+    if "dense" in there:
+        table["measured over dense"] = there["dense"] / ours
+    return table
 
 
 def one_case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
     """The problem that the command line describes; an impossible one ends the program."""
     rank = len(options.space)
+    options.window = options.window or [1] * (rank if options.windows else 0)
     for name in ("window", "dilation", "stride"):
         given = getattr(options, name)
         if (given or name == "window") and len(given) != rank:
@@ -110,21 +132,27 @@ def one_case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Ca
     return case
 
 
-def show(title: str, frame: pd.DataFrame) -> None:
-    table = Table(title=title)
-    for column in frame.columns:
-        table.add_column(str(column), justify="right" if pd.api.types.is_numeric_dtype(frame[column]) else "left")
-    for row in frame.itertuples(index=False):
-        table.add_row(*(summary.format_number(value) for value in row))
-    Console().print(table)
+def chosen_device(options: argparse.Namespace, facts: list[dict[str, Any]]) -> tuple[str, floors.Ceilings, int]:
+    """Name, ceilings and tile of the device asked for, or of the one that the results are from, or of an H200.
+
+    The tile is the tokens of a matrix product's side; a CPU's loops go through each query's own window: one.
+    """
+    if options.device == "here":
+        here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        ceilings = floors.ceilings_of(here, [DTYPES[options.dtype]])
+        return device_name(here), ceilings, GPU_TILE if here.type == "cuda" else 1
+    if options.device is None and (stated := floors.ceilings_from(facts)):
+        return facts[-1]["device"], stated, GPU_TILE if "cuda" in facts[-1] else 1
+    name = options.device or "NVIDIA H200"
+    return name, floors.CEILINGS[name], GPU_TILE
 
 
-def show_model(options: argparse.Namespace) -> None:
-    ceilings = floors.CEILINGS[options.device]
+def show_model(options: argparse.Namespace, device: str, ceilings: floors.Ceilings) -> None:
     table = account.account(options.model, options.batch, DTYPES[options.dtype], ceilings)
-    show(f"{options.model}, batch {options.batch}, {options.dtype}, {options.device}: by stage", table)
+    target = console()
+    show(target, f"{options.model}, batch {options.batch}, {options.dtype}, {device}: by stage", table)
     kinds = table.groupby("kind", sort=False).sum(numeric_only=True).reset_index()
-    show("by kind", kinds.sort_values("floor us", ascending=False))
+    show(target, "by kind", kinds.sort_values("floor us", ascending=False))
     eager = table["floor us"].sum() / 1e6
     fused = account.fused_seconds(table, ceilings)
     print(f"floor of the forward pass: {eager * 1e3:.2f} ms, {options.batch / eager:,.0f} images/s;", end=" ")
@@ -147,32 +175,38 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
-    parser.add_argument("--device", choices=sorted(floors.CEILINGS), default="NVIDIA H200")
-    parser.add_argument("--query-tile", type=int, default=64, help="tokens of a query tile")
-    parser.add_argument("--key-tile", type=int, default=64, help="tokens of a key tile")
-    parser.add_argument("--strides", action="store_true", help="try strides, fastest first")
+    parser.add_argument("--device", choices=[*sorted(floors.CEILINGS), "here"], help="`here` measures this machine's")
+    parser.add_argument("--query-tile", type=int, help="tokens of a query tile (default: 64, on a CPU 1)")
+    parser.add_argument("--key-tile", type=int, help="tokens of a key tile (default: 64, on a CPU 1)")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--strides", action="store_true", help="try strides, fastest first")
+    several.add_argument("--windows", action="store_true", help="try windows, up to all tokens")
     parser.add_argument("--model", help="account for a model's forward pass instead: any timm name")
-    parser.add_argument("--against", type=Path, nargs="+", help="measured results: files, or folders of them")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], help="measured results: files, or folders")
     options = parser.parse_args()
+    files = [f for path in options.against for f in (sorted(path.glob("kernels-*.jsonl")) if path.is_dir() else [path])]
+    frame, facts = summary.load([file for file in files if file.name.startswith("kernels-")])
+    device, ceilings, tile = chosen_device(options, facts)
+    if DTYPES[options.dtype] not in ceilings.flops_per_second and (options.space or options.model):
+        parser.error(f"--dtype {options.dtype}: the results hold no ceiling for it; --device here measures one")
     if options.model:
-        show_model(options)
+        show_model(options, device, ceilings)
         return
-    times, cases = measured_forward(options.against or [])
+    cases, times = measured_forward(frame)
     if options.space:
-        chosen = candidates(one_case(options, parser), options.strides)
+        case = one_case(options, parser)
+        chosen = strides(case) if options.strides else windows(case) if options.windows else [case]
     elif cases:
         chosen = list(cases.values())
     else:
         parser.error("name a problem by --space and --window, a --model, or --against results that hold some")
-    ceilings = floors.CEILINGS[options.device]
-    table = pd.DataFrame([predict(case, ceilings, options.query_tile, options.key_tile) for case in chosen])
-    if options.against:
-        table["measured us"] = [times.get(case.key) for case in chosen]
-        table["measured / attainable"] = table["measured us"] / table["attainable us"]
+    rows = [predict(case, ceilings, options.query_tile or tile, options.key_tile or tile) for case in chosen]
+    table = held_against(pd.DataFrame(rows), [case.key for case in chosen], times)
+    ratios = table["measured / attainable"].dropna().tolist() if "measured / attainable" in table else []
     if options.space:
         table = table.sort_values("attainable us")
-    show(f"{options.device}, forward; `over dense`: dense attention's floor over what is attainable", table)
-    if options.against and (ratios := table["measured / attainable"].dropna().tolist()):
+    show(console(), f"{device}, forward; `over dense`: dense attention's floor over what is attainable", table)
+    if ratios:
         middle = statistics.median(ratios)
         print(f"{len(ratios)} measured: {min(ratios):.2f} to {max(ratios):.2f} times attainable, median {middle:.2f}")
 
