@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,89 +13,131 @@ import jinja2
 import pandas as pd
 
 from benchmarks import plots, summary
-from benchmarks.cases import DTYPES
+from benchmarks.cases import SAMPLES
 from benchmarks.data import STEPS
-from benchmarks.floors import CEILINGS
-from benchmarks.models import PAPER, label
+from benchmarks.floors import Ceilings, ceilings_from
+from benchmarks.models import GPU_BACKENDS, PAPER, label, paper_gain
+from benchmarks.plots import Picture
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A table as the page shows it: each column's name and whether it holds numbers, and the rows as text."""
+
+    caption: str
+    columns: list[tuple[str, bool]]
+    rows: list[list[str]]
+    note: str = ""
 
 
 @dataclass
 class Section:
     title: str
     texts: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    tables: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Shown] = field(default_factory=list)
+
+    def show(self, *pictures: Picture | None) -> None:
+        self.pictures += [picture for picture in pictures if picture]
 
 
-def _html(table: pd.DataFrame) -> str:
-    return table.to_html(index=False, border=0, formatters=dict.fromkeys(table.columns, summary.format_number))
+def _shown(caption: str, table: pd.DataFrame) -> Shown:
+    columns = [(str(column), pd.api.types.is_numeric_dtype(table[column])) for column in table.columns]
+    return Shown(caption, columns, [[*map(summary.format_number, row)] for row in table.itertuples(index=False)])
 
 
-def _kernel_section(suite: str, frame: pd.DataFrame, device: str) -> Section:
+def _kernel_section(suite: str, frame: pd.DataFrame, ceilings: Ceilings | None) -> Section:
     section = Section(suite)
     directions = [d for d in ("forward", "backward", "both") if (frame["direction"] == d).any()]
+    timed = set(frame[frame["status"] == "ok"]["method"])
+    baseline = next((method for method in ("naive", "dense") if method in timed), None)
     for direction in directions:
-        pictures: list[str | None] = [*plots.speed_against(frame, direction, suite)]
-        pictures += [plots.improvement_spread(frame, over, direction, suite) for over in ("naive",)]
-        section.images += [picture for picture in pictures if picture]
-    dtypes = {case["dtype"] for case in frame["case"]}
-    if device in CEILINGS:
-        for dtype in sorted(dtypes):
-            rate = CEILINGS[device].flops_per_second[DTYPES[dtype]]
-            rows = frame[[case["dtype"] == dtype for case in frame["case"]]]
-            picture = plots.roofline(rows, CEILINGS[device], rate, f"{suite}: roofline, {dtype}")
-            section.images += [picture] if picture else []
-    gains = [summary.improvements(frame, over) for over in summary.BASELINES]
-    gains = [table for table in gains if len(table)]
+        if baseline and suite in SAMPLES:
+            section.show(*plots.gain_against(frame, baseline, direction, suite))
+        else:
+            section.show(*plots.speed_against(frame, direction, suite))
+        if baseline:
+            section.show(plots.improvement_spread(frame, baseline, direction, suite))
+    precisions = summary.precision_gains(frame)
+    section.show(plots.precision_bars(precisions, suite))
+    for dtype in sorted({case["dtype"] for case in frame["case"]}) if ceilings else ():
+        section.show(plots.roofline(frame, ceilings, dtype, suite))
+    gains = [table for over in summary.BASELINES if len(table := summary.improvements(frame, over))]
     if gains:
-        picture = plots.paper_bars(gains[0], suite)
-        section.images += [picture] if picture else []
-        section.tables.append(("Improvement in %, average [min, max]", _html(pd.concat(gains))))
+        section.show(plots.paper_bars(gains[0], suite))
+        section.tables.append(_shown("Improvement, %", pd.concat(gains).drop(columns="suite")))
+    if len(precisions):
+        section.tables.append(_shown("Improvement of 16 bits over float32, %", precisions.drop(columns="suite")))
+    if len(beside := summary.beside_the_paper(gains[0]) if gains else pd.DataFrame()):
+        section.tables.append(_shown("Beside the paper, %", beside.drop(columns="suite")))
     for direction in directions:
-        table = summary.case_table(frame, direction)
-        section.tables.append((f"Microseconds, {direction}", _html(table)))
+        table = summary.case_table(frame, direction).drop(columns="suite")
+        section.tables.append(_shown(f"Microseconds, {direction}", table))
     bad = frame[frame["status"] != "ok"].drop_duplicates(["key", "method"])
     if len(bad):
-        section.tables.append(("Not timed, and why", _html(bad[["name", "method", "status"]])))
+        section.tables.append(_shown("Not timed, and why", bad[["name", "method", "status"]]))
     return section
 
 
 def model_table(frame: pd.DataFrame, mode: str, precision: str) -> pd.DataFrame:
-    """images/s by model and backend, the gain of `fused` over `naive`, and the paper's figures beside."""
+    """images/s by model and backend, the gain of a backend over the one it replaces, and the paper's figures beside."""
     rows = frame[(frame["status"] == "ok") & (frame["mode"] == mode) & (frame["precision"] == precision)]
     rows = rows.assign(method=[label(row) for row in rows.to_dict("records")])
     wide = rows.pivot_table(index="model", columns="method", values="images_per_second", aggfunc="last", sort=False)
-    if {"fused", "naive"} <= set(wide.columns):
-        wide["fused over naive, %"] = (wide["fused"] / wide["naive"] - 1) * 100
+    measured = set(wide.columns)
+    for new, old in (("fused", "naive"), ("native", "tiled")):
+        if {new, old} <= measured:
+            wide[f"{new} over {old}, %"] = (wide[new] / wide[old] - 1) * 100
+    if not measured & set(GPU_BACKENDS):
+        return wide.reset_index().rename_axis(columns=None)
+    gains = [paper_gain(model, mode, precision) for model in wide.index]
+    wide["paper, fused over naive, %"] = pd.Series(gains, index=wide.index, dtype=float)
     if mode == "inference":
         first = 3 if precision == "float32" else 0
         for offset, method in enumerate(("naive", "gemm", "fused")):
             figures = [PAPER[model][first + offset] if model in PAPER else None for model in wide.index]
             wide[f"paper {method}"] = pd.Series(figures, index=wide.index, dtype=float)
-    return wide.reset_index()
+    return wide.reset_index().rename_axis(columns=None)
+
+
+LATENCY = ("latency_p50_ms", "latency_p90_ms", "latency_p99_ms", "attention_share")
 
 
 def _model_section(frame: pd.DataFrame) -> Section:
-    section = Section("Models", ["images/s; the paper's columns are its A100 figures at batch 128."])
+    text = "The paper's columns are its A100 figures at batch 128, in FP16 beside 16 bits; it trained without bias."
+    section = Section("Models", [text])
     for mode in frame["mode"].unique():
         for precision in frame["precision"].unique():
             table = model_table(frame, mode, precision)
             if len(table):
-                picture = plots.model_bars(frame, mode, precision)
-                section.images += [picture] if picture else []
-                section.tables.append((f"{mode}, {precision}", _html(table)))
+                section.show(plots.model_bars(frame, mode, precision))
+                section.tables.append(_shown(f"images/s, {mode}, {precision}", table))
+    how = ["model", "mode", "precision", "backend", "batch_used", *(name for name in LATENCY if name in frame)]
+    latencies = frame[frame["status"] == "ok"][how].rename(columns={"batch_used": "batch"})
+    section.tables.append(_shown("Latency of a step, milliseconds, and attention's share of it", latencies))
+    bad = frame[frame["status"] != "ok"]
+    if len(bad):
+        section.tables.append(_shown("Not measured, and why", bad[["model", "mode", "backend", "status"]]))
     return section
 
 
 def compare(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
-    """Seconds of the same case, method and direction in two sets of results, and old over new."""
+    """Microseconds of the same case, method and direction in two sets of results, and old over new."""
     if new.empty or old.empty:
         return pd.DataFrame()
     index = ["suite", "key", "method", "direction"]
     ok = [frame[frame["status"] == "ok"].set_index(index)[["name", "seconds"]] for frame in (new, old)]
-    joined = ok[0].join(ok[1]["seconds"].rename("seconds before"), how="inner")
-    joined["speed-up"] = joined["seconds before"] / joined["seconds"]
-    return joined.reset_index().drop(columns="key").sort_values("speed-up")
+    joined = ok[0].join(ok[1]["seconds"].rename("before"), how="inner").reset_index()
+    joined["speed-up"] = joined["before"] / joined["seconds"]
+    joined["us now"], joined["us before"] = joined["seconds"] * 1e6, joined["before"] * 1e6
+    return joined[["suite", "name", "method", "direction", "us now", "us before", "speed-up"]].sort_values("speed-up")
+
+
+def change_summary(changes: pd.DataFrame) -> pd.DataFrame:
+    """Geometric mean, least and most of the speed-ups of `compare`, by suite, direction and method."""
+    speed_ups = changes.groupby(["suite", "direction", "method"], sort=False)["speed-up"]
+    table = speed_ups.agg(lambda ratios: math.exp(ratios.map(math.log).mean())).to_frame("geometric mean")
+    return table.assign(least=speed_ups.min(), most=speed_ups.max(), problems=speed_ups.size()).reset_index()
 
 
 def compare_models(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
@@ -105,7 +149,7 @@ def compare_models(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
         ok[1]["images_per_second"].rename("before"), how="inner"
     )
     joined["speed-up"] = joined["images_per_second"] / joined["before"]
-    return joined.rename(columns={"images_per_second": "images/s"}).sort_values("speed-up")
+    return joined.rename(columns={"images_per_second": "images/s"}).sort_values("speed-up").reset_index(drop=True)
 
 
 def data_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -151,9 +195,16 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
             found[f"{suite}, improvement over {over}"] = gains = summary.improvements(rows, over)
             if over == "naive":
                 found[f"{suite}, beside the paper"] = summary.beside_the_paper(gains)
+        found[f"{suite}, improvement over float32"] = summary.precision_gains(rows)
     for mode in models["mode"].unique() if len(models) else ():
         for precision in models["precision"].unique():
             found[f"models, {mode}, {precision}"] = model_table(models, mode, precision)
+    return {name: table for name, table in (found | _other_tables(paths)).items() if len(table)}
+
+
+def _other_tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
+    """The tables of results that are neither of kernels nor of models."""
+    found: dict[str, pd.DataFrame] = {}
     if cpu := [path for path in paths if path.name == "cpu.jsonl"]:
         records, _ = summary.load(cpu, index=("model", "mode"))
         wide = records.pivot_table(
@@ -172,7 +223,7 @@ def tables(paths: list[Path]) -> dict[str, pd.DataFrame]:
     ):
         if files := [path for path in paths if path.name == f"{name}.jsonl"]:
             found[name] = make(summary.load(files, index=index)[0])
-    return {name: table for name, table in found.items() if len(table)}
+    return found
 
 
 def _memory_table(records: pd.DataFrame) -> pd.DataFrame:
@@ -214,22 +265,51 @@ def build(paths: list[Path], against: list[Path] | None = None) -> str:
         ValueError: none of the files holds a result.
     """
     kernels, models, facts = _frames(paths)
-    device = facts[-1]["device"] if facts else ""
-    sections = (
-        [_kernel_section(str(s), rows, device) for s, rows in kernels.groupby("suite", sort=False)]
-        if len(kernels)
-        else []
-    )
+    ceilings = ceilings_from(facts)
+    suites = kernels.groupby("suite", sort=False) if len(kernels) else ()
+    sections = [_kernel_section(str(suite), rows, ceilings) for suite, rows in suites]
     if len(models):
         sections.append(_model_section(models))
+    if others := _other_tables(paths):
+        sections.append(Section("Other measurements", tables=[_shown(*item) for item in others.items()]))
     if against:
-        earlier_kernels, earlier_models, _ = _frames(against)
-        changes = [
-            ("Kernels, seconds now and before", compare(kernels, earlier_kernels)),
-            ("Models, images/s now and before", compare_models(models, earlier_models)),
-        ]
-        tables = [(caption, _html(table)) for caption, table in changes if len(table)]
-        texts = [] if tables else ["No problem or model is in both."]
-        sections.insert(0, Section("Against earlier results", texts, tables=tables))
+        sections.insert(0, _comparison(kernels, models, against))
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.j2").read_text())
-    return template.render(environments=facts, sections=sections)
+    devices = ", ".join(dict.fromkeys(fact["device"] for fact in facts))
+    return template.render(device=devices, environment=_environment("Measured on", facts), sections=sections)
+
+
+def _comparison(kernels: pd.DataFrame, models: pd.DataFrame, against: list[Path]) -> Section:
+    """What `against` holds too, now and before."""
+    earlier_kernels, earlier_models, earlier = _frames(against)
+    changes, model_changes = compare(kernels, earlier_kernels), compare_models(models, earlier_models)
+    section = Section("Against earlier results", ["A speed-up above 1 is faster now."])
+    if len(changes):
+        section.show(plots.change_spread(changes))
+        section.tables.append(_shown("Kernels: speed-up by method", change_summary(changes)))
+        section.tables.append(_shown("Kernels: every problem, slowest change first", changes))
+    if len(model_changes):
+        section.tables.append(_shown("Models: images/s now and before", model_changes))
+    if not section.tables:
+        section.texts = ["No problem or model is in both."]
+    section.tables.append(_environment("The earlier results were measured on", earlier))
+    return section
+
+
+def _environment(caption: str, facts: list[dict[str, Any]]) -> Shown:
+    """The facts of runs: a row for each run of those that differ, all others once, above; nvidia-smi's one by one."""
+    rows = []
+    for fact in facts:
+        row: dict[str, str] = {}
+        for name, value in fact.items():
+            if name.startswith("nvidia-smi "):
+                row |= zip(name.removeprefix("nvidia-smi ").split(","), value.split(", "), strict=False)
+            elif name == "ceilings":
+                row |= {f"ceiling, {key.replace('_', ' ')}": f"{rate:.3g}" for key, rate in value.items()}
+            else:
+                row[name] = value
+        rows.append(row)
+    table = pd.DataFrame(rows).fillna("-")
+    common = [column for column in table.columns[1:] if table[column].nunique() == 1]
+    note = " · ".join(f"{column}: {table[column].iloc[0]}" for column in common)
+    return dataclasses.replace(_shown(caption, table.drop(columns=common)), note=note)

@@ -1,19 +1,20 @@
 """The measuring itself: legal problems, right counts, checked answers, sweeps that resume, reports with the figures."""
 
+import dataclasses
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import timm
 import torch
 from rich.console import Console
 from torch.autograd import DeviceType
 
-from benchmarks import account, evaluation, floors, methods, models, summary, sweep
+from benchmarks import account, evaluation, floors, methods, models, plots, report, summary, sweep
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.correctness import Answer, sampled_error
 from kernels import na2d
@@ -23,6 +24,12 @@ from models.layers import NeighborhoodAttention
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SMALL = Case("small", 2, (8, 9), 2, 16, (3, 3), dtype="float32", rpb=True)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setitem(floors.COPY_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(floors.PRODUCT_SIDE, "cpu", 128)
 
 
 @pytest.mark.parametrize("name", sorted(SUITES))
@@ -151,15 +158,38 @@ def test_a_sweep_resumes_and_records_what_it_could_not_time(tmp_path, monkeypatc
     with path.open("a") as file:
         file.write('{"suite": "small", "key": "cut sho')
     assert sweep.run("small", [SMALL], names, CPU, directions, path, seconds=0.01) == []
+    second = sweep.run("small", [SMALL, MIXED], ["tiled"], CPU, ["forward"], path, seconds=0.01)
+    assert [record["name"] for record in second] == ["mixed"]
     frame, facts = summary.load([path])
-    assert len(frame) == len(first)
-    assert len(facts) == 1
+    assert len(frame) == len(first) + 1
+    assert [fact["suite"] for fact in facts] == ["small", "small"]  # the cut line took none of the second run's
+    assert floors.ceilings_from(facts) == floors.ceilings_of(CPU, [torch.float32])
     assert facts[0]["torch"] == torch.__version__
     assert facts[0]["commit"] == "f00ba47"
     by_method = frame.groupby("method")["status"].first()
     assert by_method["tiled"] == by_method["dense"] == "ok"
     assert by_method["flex"].startswith("unsupported")
     assert (frame[frame["status"] == "ok"]["seconds"] > 0).all()
+
+
+def test_memory_that_one_method_lacks_is_not_held_against_the_others(tmp_path, monkeypatch):
+    def hungry(case, inputs, gradient):
+        calls = iter(range(2))  # it answers, and is measured for its peak; timing it fails
+
+        def forward():
+            if next(calls, None) is None:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return right(case, inputs, gradient).forward()
+
+        return methods.Prepared(forward, None, case)
+
+    right = methods.METHODS["tiled"]
+    monkeypatch.setitem(methods.METHODS, "dense", hungry)
+    path = tmp_path / "kernels-small.jsonl"
+    records = sweep.run("small", [SMALL], ["tiled", "dense"], CPU, ["forward"], path, seconds=0.01)
+    assert {record["method"]: record["status"] for record in records} == {"tiled": "ok", "dense": "out of memory"}
+    assert records[0]["peak_bytes"] >= SMALL.batch * 8 * 9 * 2 * 16 * 4  # its output, at least
+    assert records[0]["floor_share"] > 0
 
 
 def test_a_wrong_method_is_never_timed(tmp_path, monkeypatch):
@@ -175,17 +205,53 @@ def test_a_wrong_method_is_never_timed(tmp_path, monkeypatch):
     assert "seconds" not in record
 
 
+def _records(cases, seconds):
+    """Records of forward passes as a sweep writes them: `seconds` by method, a figure for each case."""
+    return pandas.DataFrame(
+        {"suite": "s", "key": case.key, "name": case.name, "case": dataclasses.asdict(case), "method": method,
+         "direction": "forward", "status": "ok", "seconds": time, "tflops": 1.0, "gbytes": 1.0}
+        for method, times in seconds.items() for case, time in zip(cases, times, strict=True)
+    )  # fmt: skip
+
+
 def test_improvement_is_in_the_papers_form():
-    records = [
-        {"suite": "s", "key": key, "name": key, "case": {"dtype": "float16"}, "method": method, "direction": "forward",
-         "status": "ok", "seconds": seconds}
-        for key, naive, fused in (("a", 4.0, 1.0), ("b", 1.0, 2.0))
-        for method, seconds in (("naive", naive), ("fused", fused))
-    ]  # fmt: skip
-    row = summary.improvements(__import__("pandas").DataFrame(records), "naive").iloc[0]
+    cases = [SMALL.replace(name=name, batch=batch) for name, batch in (("a", 1), ("b", 2))]
+    row = summary.improvements(_records(cases, {"naive": (4.0, 1.0), "fused": (1.0, 2.0)}), "naive").iloc[0]
     assert (row["average"], row["min"], row["max"]) == (pytest.approx(125), pytest.approx(-50), pytest.approx(300))
     assert row["won"] == 0.5
     assert row["problems"] == 2
+
+
+def test_16_bits_are_compared_with_float32_on_the_same_problem():
+    cases = [SMALL.replace(batch=b, dtype=d) for b, d in ((1, "float32"), (1, "bfloat16"), (2, "bfloat16"))]
+    (row,) = summary.precision_gains(_records(cases, {"fused": (3.0, 2.0, 9.0)})).to_dict("records")
+    assert (row["dtype"], row["method"], row["problems"]) == ("bfloat16", "fused", 1)
+    assert row["average"] == pytest.approx(50)
+
+
+def test_a_line_of_the_report_joins_problems_that_differ_in_one_thing(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_picture", lambda figure, title, wide=False: drawn.append((figure, title, wide)))
+    grid = [Case("", 1, (n,), 1, 16, (w,), dtype="float32") for n in (64, 128, 256) for w in (3, 5, 7)]
+    plots.speed_against(_records(grid, {"naive": range(1, 10), "fused": range(1, 10)}), "forward", "grid")
+    assert [title for _, title, _ in drawn] == [f"grid, forward: time against {over}" for over in plots.SWEPT]
+    assert [len(figure.axes[0].lines) for figure, _, _ in drawn] == [6, 6]
+    assert all(len(figure.axes[0].get_legend().texts) == 2 for figure, _, _ in drawn)
+    drawn.clear()
+    plots.speed_against(_records([SMALL, MIXED], {"fused": (1.0, 2.0)}), "forward", "mixed")
+    assert [(title, wide) for _, title, wide in drawn] == [("mixed, forward: time of each problem", True)]
+
+
+def test_models_stand_beside_the_papers_gain_in_training_too():
+    rows = [("nat_mini", "fused", 30.0), ("nat_mini", "naive", 10.0), ("swin", None, 20.0)]
+    frame = pandas.DataFrame(
+        [{"model": model, "mode": "training", "precision": "bfloat16", "backend": backend, "status": "ok",
+          "images_per_second": rate} for model, backend, rate in rows]
+    )  # fmt: skip
+    table = report.model_table(frame, "training", "bfloat16").set_index("model")
+    assert table.loc["nat_mini", "fused over naive, %"] == pytest.approx(200)
+    assert table.loc["nat_mini", "paper, fused over naive, %"] == pytest.approx((19.4 / 16.6 - 1) * 100)
+    assert table.loc["swin", "timm"] == 20.0
 
 
 def test_the_suite_of_nat_holds_every_attention_layer_of_every_model():
@@ -332,8 +398,11 @@ def test_the_command_lines_measure_report_and_compare(tmp_path):
     assert 0 < record["attention_share"] < 1
     predicted = run("simulate.py", "--against", ROOT / "results" / "nvidia-h200" / "kernels-floors.jsonl")
     assert "13 measured" in predicted
-    simulated = run("simulate.py", "--space", 32, 32, "--window", 7, 7, "--against", tmp_path / "kernels-one.jsonl")
-    assert "over" in simulated
+    simulated = run("simulate.py", "--against", tmp_path / "kernels-one.jsonl")
+    assert "1 measured" in simulated
+    windows = run("simulate.py", "--space", 56, 56, "--heads", 2, "--windows")
+    assert windows.index("window 3") < windows.index("window 56")
     trace = tmp_path / "trace.json"
     run("profile_model.py", "nat_mini", "--batch", 1, "--device", "cpu", "--precision", "float32", "--trace", trace)
-    assert math.isfinite(len(json.loads(trace.read_text())["traceEvents"]))
+    spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
+    assert any(event["name"].startswith("fastna::") and event["dur"] > 0 for event in spans)
