@@ -57,19 +57,23 @@ def measure(
     Args:
         methods: for each name, the same call on several sets of inputs, which are rotated so that no cache keeps them.
         seconds: about how long one method is timed in all, warm-up not counted.
-        groups: how many groups of calls the time is spread over.
+        groups: how many groups of calls the time is spread over; fewer, down to three, for a call that takes so long
+            that it would need more than ten times `seconds`.
     """
-    sizes = {}
+    sizes, rounds = {}, {}
     for name, calls in methods.items():
         for call in calls:
             call()
         once = _group_seconds(calls, 0, 2, device)
         sizes[name] = max(1, min(50, math.ceil(seconds / groups / max(once, 1e-7))))
+        rounds[name] = max(3, min(groups, math.ceil(10 * seconds / max(once, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in methods}
     for group in range(groups):
         for name, calls in methods.items():
+            if group >= rounds[name]:
+                continue
             samples[name].append(_group_seconds(calls, group, sizes[name], device))
     return {
-        name: Timing(statistics.median(taken), _percentile(taken, 0.1), _percentile(taken, 0.9), groups * sizes[name])
+        name: Timing(statistics.median(taken), _percentile(taken, 0.1), _percentile(taken, 0.9), len(taken) * sizes[name])
         for name, taken in samples.items()
     }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from torch.autograd import DeviceType
 from benchmarks import account, evaluation, floors, methods, models, plots, report, summary, sweep
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.correctness import Answer, sampled_error
+from benchmarks.timing import measure
 from kernels import na2d
 from kernels.problem import Axis
 from models.layers import NeighborhoodAttention
@@ -170,6 +172,14 @@ def test_a_sweep_resumes_and_records_what_it_could_not_time(tmp_path, monkeypatc
     assert by_method["tiled"] == by_method["dense"] == "ok"
     assert by_method["flex"].startswith("unsupported")
     assert (frame[frame["status"] == "ok"]["seconds"] > 0).all()
+
+
+def test_a_slow_call_is_timed_less_often():
+    slept = []
+    timings = measure({"slow": [lambda: slept.append(time.sleep(0.01))], "fast": [lambda: None]}, CPU, seconds=1e-4)
+    assert timings["slow"].calls == 3
+    assert len(slept) == 3 + 3  # the first call and the two that tell how long one takes are not timed
+    assert timings["fast"].calls >= 7
 
 
 def test_memory_that_one_method_lacks_is_not_held_against_the_others(tmp_path, monkeypatch):
