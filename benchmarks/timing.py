@@ -73,7 +73,8 @@ def measure(
             if group >= rounds[name]:
                 continue
             samples[name].append(_group_seconds(calls, group, sizes[name], device))
-    return {
-        name: Timing(statistics.median(taken), _percentile(taken, 0.1), _percentile(taken, 0.9), len(taken) * sizes[name])
-        for name, taken in samples.items()
-    }
+    return {name: _timing(taken, len(taken) * sizes[name]) for name, taken in samples.items()}
+
+
+def _timing(samples: Sequence[float], calls: int) -> Timing:
+    return Timing(statistics.median(samples), _percentile(samples, 0.1), _percentile(samples, 0.9), calls)
