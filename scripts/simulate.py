@@ -34,7 +34,6 @@ from benchmarks.terminal import console, show
 
 WINDOWS = (3, 5, 7, 9, 11, 13, 16, 21, 24, 32, 48, 64, 80, 96, 128, 256, 512, 1024, 2048, 4096)
 GPU_TILE = 64
-OURS = ("fused", "native")  # what the dispatcher picks on a GPU, and on a CPU
 
 
 def boxes(count: int, rank: int) -> list[tuple[int, ...]]:
@@ -100,7 +99,7 @@ def measured_forward(frame: pd.DataFrame) -> tuple[dict[str, Case], pd.DataFrame
 def held_against(table: pd.DataFrame, keys: list[str], times: pd.DataFrame) -> pd.DataFrame:
     """`table` with what was measured beside what is predicted; `keys` are those of its rows."""
     there = times.reindex(keys).reset_index(drop=True)
-    ours = next((there[method] for method in OURS if method in there), None)
+    ours = next((there[method] for method in summary.CHOSEN if method in there), None)
     if ours is None:
         return table
     table = table.assign(**{"measured us": ours, "measured / attainable": ours / table["attainable us"]})
