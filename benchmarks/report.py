@@ -75,7 +75,9 @@ def _kernel_section(suite: str, frame: pd.DataFrame, ceilings: Ceilings | None) 
         section.tables.append(_shown(f"Microseconds, {direction}", table))
     bad = frame[frame["status"] != "ok"].drop_duplicates(["key", "method"])
     if len(bad):
-        section.tables.append(_shown("Not timed, and why", bad[["name", "method", "status"]]))
+        reasons = bad.groupby(["method", "status"], sort=False)["name"]
+        table = reasons.agg(["size", "first", "last"]).reset_index().rename(columns={"size": "problems"})
+        section.tables.append(_shown("Not timed, and why", table))
     return section
 
 
