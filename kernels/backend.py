@@ -45,34 +45,17 @@ class Gradients:
 
 
 class Backend(Protocol):
-    """One way to compute neighborhood attention. A batch is never empty here: the operator answers that itself."""
+    """One way to compute neighborhood attention. A batch is never empty here: the operator answers that itself.
+
+    Besides what stands here it has `forward` or `bind_forward`, and `backward` or `bind_backward`, in the forms that
+    `reference` and `fused` have them. So has a kernel family. The functions below do with either.
+    """
 
     @property
     def name(self) -> str: ...
 
     def why_not(self, problem: Problem) -> str | None:
         """One sentence on why this backend does not serve `problem`; None if it does."""
-        ...
-
-    def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-        """Output and lse (natural logarithm), both new and contiguous."""
-        ...
-
-    def backward(
-        self,
-        problem: Problem,
-        operands: Operands,
-        output: Tensor,
-        lse: Tensor,
-        grad_output: Tensor,
-        grad_lse: Tensor | None,
-        needs_rpb_grad: bool,
-    ) -> Gradients:
-        """Gradients of all operands; that of rpb, accumulated in float32 at least, only if `needs_rpb_grad`.
-
-        `grad_output` has a contiguous last dimension, `grad_lse` is None where nothing depends on lse. With p = exp(s
-        - lse), dp = grad_output value^T and delta = sum(grad_output * output, -1) - grad_lse: ds = p * (dp - delta).
-        """
         ...
 
 
@@ -105,10 +88,35 @@ def bind_backward(
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
 ) -> BoundBackward:
-    """As `bind_forward`, for the backward pass."""
+    """As `bind_forward`, for the backward pass. `needs_rpb_grad` counts only where there is an rpb."""
+    needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
     if hasattr(served_by, "bind_backward"):
         bound: BoundBackward = served_by.bind_backward(
             problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad
         )
         return bound
     return lambda *tensors: served_by.backward(problem, Operands(*tensors[:6]), *tensors[6:], needs_rpb_grad)
+
+
+def forward(served_by: Any, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+    """Output and lse (natural logarithm), both new and contiguous."""
+    return bind_forward(served_by, problem, operands)(*operands.tensors)
+
+
+def backward(
+    served_by: Any,
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> Gradients:
+    """Gradients of all operands; that of rpb, accumulated in float32 at least, only if `needs_rpb_grad`.
+
+    `grad_output` has a contiguous last dimension, `grad_lse` is None where nothing depends on lse. With p = exp(s -
+    lse), dp = grad_output value^T and delta = sum(grad_output * output, -1) - grad_lse: ds = p * (dp - delta).
+    """
+    others = (output, lse, grad_output, grad_lse)
+    return bind_backward(served_by, problem, operands, *others, needs_rpb_grad)(*operands.tensors, *others)

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
-from torch import Tensor
-
-from kernels.backend import Backend, Gradients, Operands
+from kernels.backend import Backend
 from kernels.problem import Problem
 
 MODULES = {
@@ -38,21 +36,6 @@ class Unavailable:
 
     def why_not(self, problem: Problem) -> str | None:
         return self.reason
-
-    def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-        raise RuntimeError(self.reason)
-
-    def backward(
-        self,
-        problem: Problem,
-        operands: Operands,
-        output: Tensor,
-        lse: Tensor,
-        grad_output: Tensor,
-        grad_lse: Tensor | None,
-        needs_rpb_grad: bool,
-    ) -> Gradients:
-        raise RuntimeError(self.reason)
 
 
 def require_known(name: str) -> None:

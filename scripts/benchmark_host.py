@@ -27,7 +27,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.device import describe, results_folder
-from kernels import calls, na2d, operators
+from kernels import backend, calls, na2d, operators
 from kernels.cuda import bound, fused, runtime
 from kernels.cuda.dry import DryRuntime
 from kernels.validation import describe as describe_problem
@@ -119,7 +119,7 @@ def launch_alone(problem: object, tensors: Sequence[torch.Tensor | None]) -> Cal
 
     runtime.kernel = Catching
     try:
-        fused.BACKEND.forward(problem, operators.Operands(*tensors))
+        backend.forward(fused.BACKEND, problem, operators.Operands(*tensors))
     finally:
         runtime.kernel = original
     kernel, *arguments = caught[0]

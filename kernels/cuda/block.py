@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import BoundBackward, BoundForward, Gradients, Operands
+from kernels.backend import BoundBackward, BoundForward, Operands
 from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import (
     GEOMETRY,
@@ -23,8 +23,6 @@ from kernels.cuda.arguments import (
     TENSOR,
     TENSOR_LIMIT,
     Struct,
-    address,
-    aligned,
     pack_geometry,
     pack_tensor,
     padded_axes,
@@ -126,46 +124,12 @@ def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
     return why_not_near(query=operands.query, key=operands.key, value=operands.value, grad_output=grad_output)
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem and tensors that `why_not` and `why_not_operands` accept."""
-    return bind_forward(problem, operands)(*operands.tensors)
-
-
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
-    """See kernels.backend.bind_forward."""
+    """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
     strides = (operands.query.stride(), operands.key.stride(), operands.value.stride())
     plan, packed = _prepared_forward(problem, *strides)
     launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_forward, packed)
-    new_output, new_lse = bound.new_results(problem)
-
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: None,
-        additional_values: None,
-    ) -> tuple[Tensor, Tensor]:
-        rpb = None if rpb is None else rpb.contiguous()
-        output, lse = new_output(), new_lse()
-        launch(*map(address, (query, key, value, output, lse, rpb)))
-        return output, lse
-
-    return call
-
-
-def backward(
-    problem: Problem,
-    operands: Operands,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    needs_rpb_grad: bool,
-) -> Gradients:
-    """Gradients of a problem and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
-    others = (output, lse, grad_output, grad_lse)
-    return bind_backward(problem, operands, *others, needs_rpb_grad)(*operands.tensors, *others)
+    return bound.forward(problem, launch)
 
 
 def bind_backward(
@@ -177,36 +141,12 @@ def bind_backward(
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
 ) -> BoundBackward:
-    """See kernels.backend.bind_backward."""
-    needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
+    """Of problems and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
     read = (operands.query, operands.key, operands.value, grad_output)
     strides = tuple(tensor.stride() for tensor in read)
     plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad)
     launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_backward, packed)
-    new_gradients = bound.new_gradients(problem)
-    new_sums = bound.new((plan.slices, *problem.rpb_shape), torch.float32, problem.device)
-
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: None,
-        additional_values: None,
-        output: Tensor,
-        lse: Tensor,
-        grad_output: Tensor,
-        grad_lse: Tensor | None,
-    ) -> Gradients:
-        output, lse = aligned(output.contiguous()), lse.contiguous()
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        rpb = None if rpb is None else rpb.contiguous()
-        gradients = new_gradients()
-        sums = new_sums() if needs_rpb_grad else None
-        launch(*map(address, (query, key, value, output, grad_output, *gradients, lse, grad_lse, rpb, sums)))
-        return Gradients(*gradients, rpb=None if sums is None else sums.sum(0).to(problem.rpb_dtype))
-
-    return call
+    return bound.backward(problem, launch, plan.slices if needs_rpb_grad else 0)
 
 
 @functools.lru_cache(maxsize=1024)

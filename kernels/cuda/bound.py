@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.backend import BoundBackward, BoundForward, Gradients
 from kernels.cuda import runtime
-from kernels.cuda.arguments import Pointers
+from kernels.cuda.arguments import Pointers, address, aligned
 from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
@@ -46,10 +47,72 @@ def new_results(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], Te
     )
 
 
-def new_gradients(problem: Problem) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
-    """As `new`, for the gradients of query, key and value."""
+def new_gradients(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Callable[[], Tensor]]:
+    """`new` for the gradients of query, key and value."""
     tokens = (problem.batch, *problem.space)
-    new_query = new((*tokens, problem.heads, problem.head_dim), problem.dtype, problem.device)
-    new_key = new((*tokens, problem.key_heads, problem.head_dim), problem.dtype, problem.device)
-    new_value = new((*tokens, problem.key_heads, problem.value_dim), problem.dtype, problem.device)
-    return lambda: (new_query(), new_key(), new_value())
+    shapes = (
+        (problem.heads, problem.head_dim),
+        (problem.key_heads, problem.head_dim),
+        (problem.key_heads, problem.value_dim),
+    )
+    query, key, value = (new((*tokens, *shape), problem.dtype, problem.device) for shape in shapes)
+    return query, key, value
+
+
+def forward(problem: Problem, launch: Callable[..., None], takes_additional: bool = False) -> BoundForward:
+    """A forward pass of one launch.
+
+    `launch` takes the addresses of query, key, value, additional keys and values if it takes any, output, lse and rpb.
+    """
+    new_output, new_lse = new_results(problem)
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        rpb = None if rpb is None else rpb.contiguous()
+        output, lse = new_output(), new_lse()
+        more = (address(additional_keys), address(additional_values)) if takes_additional else ()
+        launch(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), *more, output.data_ptr(), lse.data_ptr(), address(rpb)
+        )
+        return output, lse
+
+    return call
+
+
+def backward(problem: Problem, launch: Callable[..., None], rpb_parts: int) -> BoundBackward:
+    """A backward pass of one launch, for problems without additional keys.
+
+    `launch` takes the addresses of query, key, value, output (contiguous, aligned), grad_output, the gradients of the
+    first three, lse, grad_lse, rpb, and what it writes the gradient of rpb to: `[rpb_parts, *rpb_shape]` in float32, to
+    be added up; none where `rpb_parts` is 0.
+    """
+    new_query_gradient, new_key_gradient, new_value_gradient = new_gradients(problem)
+    new_parts = new((rpb_parts, *problem.rpb_shape), torch.float32, problem.device)
+
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: None,
+        additional_values: None,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        output, lse = aligned(output.contiguous()), lse.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        rpb = None if rpb is None else rpb.contiguous()
+        gradients = new_query_gradient(), new_key_gradient(), new_value_gradient()
+        parts = new_parts() if rpb_parts else None
+        launch(*map(address, (query, key, value, output, grad_output, *gradients, lse, grad_lse, rpb, parts)))
+        return Gradients(*gradients, rpb=None if parts is None else parts.sum(0).to(problem.rpb_dtype))
+
+    return call

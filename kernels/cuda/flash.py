@@ -6,14 +6,15 @@ one dilation group; tiles of what they see stream past them. See src/flash_*.cuh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from kernels.backend import BoundForward, Gradients, Operands
+from kernels.backend import BoundBackward, BoundForward, Gradients, Operands
 from kernels.cuda import bound, flash_launch
 from kernels.cuda.arguments import address, aligned, alignment, allows_tf32
+from kernels.cuda.flash_launch import Strides
 from kernels.cuda.flash_plan import (
     arithmetic_of,
     key_gradient_passes,
@@ -41,19 +42,25 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem that `why_not` accepts."""
-    return bind_forward(problem, operands)(*operands.tensors)
-
-
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
-    """See kernels.backend.bind_forward."""
-    additional = operands.additional_keys, operands.additional_values
-    inputs = _present(operands.query, operands.key, operands.value, *additional)
-    strides = tuple(t.stride() for t in inputs)
-    planned = flash_launch.forward_launch(problem, strides, alignment(*inputs), allows_tf32())
-    launch = planned.bind(problem.device, flash_launch.set_forward)
-    new_output, new_lse = bound.new_results(problem)
+    """Of problems that `why_not` accepts. See kernels.backend.bind_forward."""
+    planned = flash_launch.forward_launch(*_layout(problem, operands))
+    return bound.forward(problem, planned.bind(problem.device), takes_additional=True)
+
+
+def bind_backward(
+    problem: Problem,
+    operands: Operands,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    needs_rpb_grad: bool,
+) -> BoundBackward:
+    """Of problems that `why_not` accepts; the same bits every time. See kernels.backend.bind_backward."""
+    query_gradient = bind_query_gradient(problem, operands, grad_output, needs_rpb_grad)
+    key_gradients = bind_key_gradients(problem, operands, grad_output)
+    additional_gradients = bind_additional_gradients(problem, operands, grad_output) if problem.additional else None
 
     def call(
         query: Tensor,
@@ -62,88 +69,103 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         rpb: Tensor | None,
         additional_keys: Tensor | None,
         additional_values: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        rpb = None if rpb is None else rpb.contiguous()
-        output, lse = new_output(), new_lse()
-        launch(*map(address, (query, key, value, additional_keys, additional_values, output, lse, rpb)))
-        return output, lse
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        operands = (query, key, value, rpb, additional_keys, additional_values)
+        lse = lse.contiguous()
+        grad_query, grad_rpb, delta = query_gradient(*operands, output, lse, grad_output, grad_lse)
+        grad_key, grad_value = key_gradients(query, key, value, rpb, lse, delta, grad_output)
+        additional: tuple[Tensor, ...] = ()
+        if additional_gradients is not None:
+            additional = additional_gradients(query, additional_keys, additional_values, lse, delta, grad_output)
+        return Gradients(grad_query, grad_key, grad_value, grad_rpb, *additional)
 
     return call
 
 
-def backward(
-    problem: Problem,
-    operands: Operands,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    needs_rpb_grad: bool,
-) -> Gradients:
-    """Gradients of the operands of a problem that `why_not` accepts; the same bits every time."""
-    query, key, value = operands.query, operands.key, operands.value
-    extra_keys, extra_values = operands.additional_keys, operands.additional_values
-    output, lse = aligned(output.contiguous()), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    device = query.device
-    inputs = _present(query, key, value, extra_keys, extra_values, grad_output)
-    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), allows_tf32()
+def bind_query_gradient(
+    problem: Problem, operands: Operands, grad_output: Tensor, needs_rpb_grad: bool
+) -> Callable[..., tuple[Tensor, Tensor | None, Tensor]]:
+    """Of what a bound backward pass is given: gradients of query and, where wanted, of the bias; and delta, as lse."""
+    planned = flash_launch.query_gradient_launch(*_layout(problem, operands, grad_output), needs_rpb_grad)
+    launch = planned.bind(problem.device)
+    new_gradient, _, _ = bound.new_gradients(problem)
+    _, new_delta = bound.new_results(problem)
+    partials_shape = (planned.chunks, *problem.rpb_shape)
 
-    grad_query, grad_rpb, delta = query_gradient(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
-    grad_key, grad_value = (t.new_empty(t.shape) for t in (key, value))
-    for launch in flash_launch.key_gradient_launches(*layout):
-        addresses = _addresses(query, key, value, lse, delta, grad_output, grad_key, grad_value, rpb)
-        launch.run(device, flash_launch.set_key_gradient(launch.packed, *addresses))
+    def call(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        output, lse = aligned(output.contiguous()), lse.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+        rpb = None if rpb is None else rpb.contiguous()
+        grad_query, delta = new_gradient(), new_delta()
+        partials = query.new_zeros(partials_shape, dtype=torch.float32) if needs_rpb_grad else None
+        read = (query, key, value, additional_keys, additional_values, output, lse, grad_output, grad_lse)
+        launch(*map(address, (*read, grad_query, delta, rpb, partials)))
+        return grad_query, None if partials is None else partials.sum(0).to(problem.rpb_dtype), delta
 
-    additional = additional_gradients(problem, operands, lse, delta, grad_output)
-    return Gradients(grad_query, grad_key, grad_value, grad_rpb, *additional)
-
-
-def additional_gradients(
-    problem: Problem, operands: Operands, lse: Tensor, delta: Tensor, grad_output: Tensor
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Gradients of additional keys and values, if there are any. lse and delta are contiguous."""
-    keys, values = operands.additional_keys, operands.additional_values
-    if keys is None or values is None:
-        return None, None
-    query = operands.query
-    inputs = (query, operands.key, operands.value, keys, values, grad_output)
-    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), allows_tf32()
-    launches = flash_launch.additional_gradient_launches(*layout)
-    chunks = max(launch.chunks for launch in launches)
-    sums = [t.new_zeros((chunks, *t.shape), dtype=torch.float32) for t in (keys, values)]
-    for launch in launches:
-        addresses = _addresses(query, keys, values, lse, delta, grad_output, *sums, None)
-        launch.run(query.device, flash_launch.set_key_gradient(launch.packed, *addresses))
-    grad_keys, grad_values = (partial.sum(0).to(problem.dtype) for partial in sums)
-    return grad_keys, grad_values
+    return call
 
 
-def query_gradient(
-    problem: Problem,
-    operands: Operands,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    needs_rpb_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients of query and, where wanted, of the bias; and delta. output, lse and grad_lse are contiguous."""
-    query, key, value, rpb = operands.query, operands.key, operands.value, operands.rpb
-    additional = operands.additional_keys, operands.additional_values
-    rpb = None if rpb is None else rpb.contiguous()
-    inputs = _present(query, key, value, *additional, grad_output)
-    layout = problem, tuple(t.stride() for t in inputs), alignment(*inputs), allows_tf32()
-    delta, grad_query = torch.empty_like(lse), query.new_empty(query.shape)
-    launch = flash_launch.query_gradient_launch(*layout, needs_rpb_grad and rpb is not None)
-    partials = None
-    if needs_rpb_grad and rpb is not None:
-        partials = query.new_zeros((launch.chunks, *problem.rpb_shape), dtype=torch.float32)
-    addresses = _addresses(query, key, value, *additional, output, lse, grad_output, grad_lse)
-    addresses += _addresses(grad_query, delta, rpb, partials)
-    launch.run(query.device, flash_launch.set_query_gradient(launch.packed, *addresses))
-    return grad_query, None if partials is None else partials.sum(0).to(problem.rpb_dtype), delta
+def bind_key_gradients(
+    problem: Problem, operands: Operands, grad_output: Tensor
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Of query, key, value, rpb, lse, delta and grad_output: gradients of key and value. lse and delta contiguous."""
+    planned = flash_launch.key_gradient_launches(*_layout(problem, operands, grad_output))
+    launches = [launch.bind(problem.device) for launch in planned]
+    _, new_key_gradient, new_value_gradient = bound.new_gradients(problem)
+
+    def call(
+        query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, lse: Tensor, delta: Tensor, grad_output: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rpb = None if rpb is None else rpb.contiguous()
+        gradients = new_key_gradient(), new_value_gradient()
+        addresses = [*map(address, (query, key, value, lse, delta, grad_output, *gradients, rpb))]
+        for launch in launches:
+            launch(*addresses)
+        return gradients
+
+    return call
+
+
+def bind_additional_gradients(
+    problem: Problem, operands: Operands, grad_output: Tensor
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """As `bind_key_gradients`, of query, additional keys, additional values, lse, delta and grad_output."""
+    planned = flash_launch.additional_gradient_launches(*_layout(problem, operands, grad_output))
+    launches = [launch.bind(problem.device) for launch in planned]
+    chunks = max(launch.chunks for launch in planned)
+
+    def call(
+        query: Tensor, keys: Tensor, values: Tensor, lse: Tensor, delta: Tensor, grad_output: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        key_sums, value_sums = (t.new_zeros((chunks, *t.shape), dtype=torch.float32) for t in (keys, values))
+        addresses = [*map(address, (query, keys, values, lse, delta, grad_output, key_sums, value_sums, None))]
+        for launch in launches:
+            launch(*addresses)
+        return key_sums.sum(0).to(problem.dtype), value_sums.sum(0).to(problem.dtype)
+
+    return call
+
+
+def _layout(problem: Problem, operands: Operands, *gradients: Tensor) -> tuple[Problem, tuple[Strides, ...], int, bool]:
+    """What launches depend on: problem, strides, alignment, whether TF32 will do."""
+    read = (operands.query, operands.key, operands.value, operands.additional_keys, operands.additional_values)
+    present = [tensor for tensor in (*read, *gradients) if tensor is not None]
+    return problem, tuple(tensor.stride() for tensor in present), alignment(*present), allows_tf32()
 
 
 def representative_sources() -> Iterable[KernelSource]:
@@ -174,11 +196,3 @@ def sources(problem: Problem, allow_tf32: bool = False) -> Iterable[KernelSource
         yield plan_key_gradient(problem, arithmetic, 16, grad_key, grad_value, False).source
         if problem.additional:
             yield plan_key_gradient(problem, arithmetic, 16, grad_key, grad_value, True).source
-
-
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(map(address, tensors))
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]

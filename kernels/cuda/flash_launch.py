@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.cuda import bound, runtime
+from kernels.cuda import bound
 from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Pointers, Struct, pack_geometry, pack_tensor
 from kernels.cuda.flash_plan import (
     Plan,
@@ -44,7 +44,7 @@ FLASH_FORWARD = Struct(
     rpb=POINTER,
     tiles=INT.array(MAX_RANK),
 )
-set_forward = FLASH_FORWARD.pointers()
+_set_forward = FLASH_FORWARD.pointers()
 
 FLASH_QUERY_GRADIENT = Struct(
     "FlashQueryGradientArguments",
@@ -66,7 +66,7 @@ FLASH_QUERY_GRADIENT = Struct(
     tiles=INT.array(MAX_RANK),
     all_tiles=INT,
 )
-set_query_gradient = FLASH_QUERY_GRADIENT.pointers()
+_set_query_gradient = FLASH_QUERY_GRADIENT.pointers()
 
 FLASH_KEY_GRADIENT = Struct(
     "FlashKeyGradientArguments",
@@ -86,7 +86,7 @@ FLASH_KEY_GRADIENT = Struct(
     key_partial=INT64,
     value_partial=INT64,
 )
-set_key_gradient = FLASH_KEY_GRADIENT.pointers()
+_set_key_gradient = FLASH_KEY_GRADIENT.pointers()
 
 Strides = tuple[int, ...]
 NO_TENSOR = bytes(TENSOR.size)
@@ -99,15 +99,13 @@ class Launch:
     plan: Plan
     grid: int
     packed: bytes
+    pointers: Pointers
     chunks: int = 1
     """Partial sums that the host adds up, where the kernel leaves some."""
 
-    def bind(self, device: torch.device, pointers: Pointers) -> Callable[..., None]:
-        """A function of the addresses that `pointers` names."""
-        return bound.launch(self.plan.source, device, self.grid, self.plan.shared_bytes, pointers, self.packed)
-
-    def run(self, device: torch.device, arguments: bytes) -> None:
-        runtime.kernel(self.plan.source, device).launch(self.grid, self.plan.shared_bytes, arguments)
+    def bind(self, device: torch.device) -> Callable[..., None]:
+        """A function of the addresses of `pointers`."""
+        return bound.launch(self.plan.source, device, self.grid, self.plan.shared_bytes, self.pointers, self.packed)
 
 
 def _contiguous(problem: Problem, heads: int, channels: int) -> bytes:
@@ -150,7 +148,7 @@ def forward_launch(problem: Problem, strides: tuple[Strides, ...], vector: int, 
         lse=_contiguous(problem, problem.heads, 1),
         tiles=tiles,
     )
-    return Launch(plan, _all_tiles(problem, tiles, problem.heads), packed)
+    return Launch(plan, _all_tiles(problem, tiles, problem.heads), packed, _set_forward)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -176,7 +174,7 @@ def query_gradient_launch(
     if needs_rpb_grad:
         affordable = PARTIALS_LIMIT // (4 * rpb_entries(problem) * problem.heads)
         chunks = max(min(chunks, -(-BLOCKS_WANTED // problem.heads), affordable), 1)
-    return Launch(plan, chunks * problem.heads, packed, chunks)
+    return Launch(plan, chunks * problem.heads, packed, _set_query_gradient, chunks)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -199,7 +197,7 @@ def key_gradient_launches(
             tiles=tiles,
             chunk_tiles=0,
         )
-        launches.append(Launch(plan, _all_tiles(problem, tiles, problem.key_heads), packed))
+        launches.append(Launch(plan, _all_tiles(problem, tiles, problem.key_heads), packed, _set_key_gradient))
     return tuple(launches)
 
 
@@ -229,7 +227,7 @@ def additional_gradient_launches(
             tiles=(1, 1, tiles),
             chunk_tiles=chunk_tiles,
         )
-        launches.append(Launch(plan, chunks * blocks, packed, chunks))
+        launches.append(Launch(plan, chunks * blocks, packed, _set_key_gradient, chunks))
     return tuple(launches)
 
 

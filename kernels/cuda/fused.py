@@ -16,7 +16,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from kernels.backend import BoundBackward, BoundForward, Gradients, Operands, bind_backward, bind_forward
+from kernels.backend import BoundBackward, BoundForward, Operands, bind_backward, bind_forward
 from kernels.cuda import block, dense, flash, hopper, hopper_backward, hopper_joint, runtime, strip, strip_backward
 from kernels.determinism import is_deterministic
 from kernels.problem import Problem
@@ -37,22 +37,6 @@ class Fused:
     def repeats(self, problem: Problem) -> bool:
         """Whether gradients are the same bits every time, as things are set."""
         return backward_families(problem, is_deterministic())[0] not in NONDETERMINISTIC
-
-    def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-        return self.bind_forward(problem, operands)(*operands.tensors)
-
-    def backward(
-        self,
-        problem: Problem,
-        operands: Operands,
-        output: Tensor,
-        lse: Tensor,
-        grad_output: Tensor,
-        grad_lse: Tensor | None,
-        needs_rpb_grad: bool,
-    ) -> Gradients:
-        others = (output, lse, grad_output, grad_lse)
-        return self.bind_backward(problem, operands, *others, needs_rpb_grad)(*operands.tensors, *others)
 
     def bind_forward(self, problem: Problem, operands: Operands) -> BoundForward:
         for family in forward_families(problem):

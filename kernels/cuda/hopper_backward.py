@@ -274,17 +274,16 @@ def backward(
     grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
     lse, delta, grad_rpb = lse.contiguous(), statistics[..., 1], None
     if needs_rpb_grad:
-        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-        grad_query, grad_rpb, delta = flash.query_gradient(
-            problem, operands, aligned(output.contiguous()), lse, grad_output, grad_lse, needs_rpb_grad
-        )
+        query_gradient = flash.bind_query_gradient(problem, operands, grad_output, needs_rpb_grad)
+        grad_query, grad_rpb, delta = query_gradient(*operands.tensors, output, lse, grad_output, grad_lse)
     else:
         _launch(problem, QUERY, of_queries, of_keys, additional, statistics, rpb, (grad_query, None))
     for part in parts(problem)[1:]:
         _launch(problem, part, of_keys, of_queries, additional, statistics, rpb, (grad_key, grad_value))
     if not problem.additional:
         return Gradients(grad_query, grad_key, grad_value, grad_rpb)
-    of_additional = flash.additional_gradients(problem, operands, lse, delta.contiguous(), grad_output)
+    additional_gradients = flash.bind_additional_gradients(problem, operands, grad_output)
+    of_additional = additional_gradients(operands.query, *additional, lse, delta.contiguous(), grad_output)
     return Gradients(grad_query, grad_key, grad_value, grad_rpb, *of_additional)
 
 

@@ -119,15 +119,9 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem and tensors that `why_not` and `why_not_operands` accept."""
-    return bind_forward(problem, operands)(*operands.tensors)
-
-
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
-    """See kernels.backend.bind_forward."""
+    """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
     strides = (operands.query.stride(), operands.key.stride(), operands.value.stride())
-    new_output, new_lse = bound.new_results(problem)
 
     def launch_of(tile: Tile) -> Callable[..., None]:
         plan, packed = _prepared(problem, tile, *strides)
@@ -137,7 +131,8 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     def tried() -> tuple[Tensor | None, ...]:
         """What candidates read and write: one set of results for all, for memory may be short."""
         rpb = None if operands.rpb is None else operands.rpb.contiguous()
-        return operands.query, operands.key, operands.value, new_output(), new_lse(), rpb
+        results = (new_result() for new_result in bound.new_results(problem))
+        return operands.query, operands.key, operands.value, *results, rpb
 
     def start(tile: Tile) -> Callable[[], object]:
         launch = launch_of(tile)
@@ -145,22 +140,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
 
     candidates = candidate_tiles(problem, runtime.properties(problem.device))
     tile = tuning.choose(_tuned_as(problem), candidates, problem.device, lambda tile: plan(problem, tile).source, start)
-    launch = launch_of(tile)
-
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: None,
-        additional_values: None,
-    ) -> tuple[Tensor, Tensor]:
-        rpb = None if rpb is None else rpb.contiguous()
-        output, lse = new_output(), new_lse()
-        launch(*map(address, (query, key, value, output, lse, rpb)))
-        return output, lse
-
-    return call
+    return bound.forward(problem, launch_of(tile))
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.backend import BoundBackward, Gradients, Operands
+from kernels.backend import BoundBackward, Operands
 from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import (
     FLOAT,
@@ -25,7 +25,6 @@ from kernels.cuda.arguments import (
     POINTER,
     TENSOR,
     Struct,
-    address,
     aligned,
     pack_geometry,
     pack_tensor,
@@ -144,20 +143,6 @@ def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
     return why_not_near(query=operands.query, key=operands.key, value=operands.value, grad_output=grad_output)
 
 
-def backward(
-    problem: Problem,
-    operands: Operands,
-    output: Tensor,
-    lse: Tensor,
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    needs_rpb_grad: bool,
-) -> Gradients:
-    """Gradients of a problem and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
-    others = (output, lse, grad_output, grad_lse)
-    return bind_backward(problem, operands, *others, needs_rpb_grad)(*operands.tensors, *others)
-
-
 def bind_backward(
     problem: Problem,
     operands: Operands,
@@ -167,35 +152,11 @@ def bind_backward(
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
 ) -> BoundBackward:
-    """See kernels.backend.bind_backward."""
-    needs_rpb_grad = needs_rpb_grad and operands.rpb is not None
+    """Of problems and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
     read = (operands.query, operands.key, operands.value, aligned(output.contiguous()), grad_output)
     plan, packed = _prepared(problem, needs_rpb_grad, *(tensor.stride() for tensor in read))
     launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
-    new_gradients = bound.new_gradients(problem)
-    new_parts = bound.new((plan.grid // problem.heads, *problem.rpb_shape), torch.float32, problem.device)
-
-    def call(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: None,
-        additional_values: None,
-        output: Tensor,
-        lse: Tensor,
-        grad_output: Tensor,
-        grad_lse: Tensor | None,
-    ) -> Gradients:
-        output, lse = aligned(output.contiguous()), lse.contiguous()
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        rpb = None if rpb is None else rpb.contiguous()
-        gradients = new_gradients()
-        parts = new_parts() if needs_rpb_grad else None
-        launch(*map(address, (query, key, value, output, grad_output, *gradients, lse, grad_lse, rpb, parts)))
-        return Gradients(*gradients, rpb=None if parts is None else parts.sum(0).to(problem.rpb_dtype))
-
-    return call
+    return bound.backward(problem, launch, plan.grid // problem.heads if needs_rpb_grad else 0)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,6 +10,7 @@ import torch
 from emulator import EmulatorRuntime, guarded
 from torch import Tensor
 
+from kernels import backend
 from kernels.backend import Operands
 from kernels.cuda import block
 from kernels.problem import Axis, Problem
@@ -67,7 +68,7 @@ def assert_both_directions(problem: Problem, operands: Operands, *, with_grad_ls
     doubles = Operands(*(None if t is None else t.double() for t in astuple(operands)))
     expected, expected_lse = Reference().forward(exact, doubles)
 
-    output, lse = block.forward(problem, operands)
+    output, lse = backend.forward(block, problem, operands)
     assert relative(output, expected) < tolerance
     worst = (output.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert worst.max() < 4 * tolerance
@@ -75,7 +76,7 @@ def assert_both_directions(problem: Problem, operands: Operands, *, with_grad_ls
 
     grad_output = torch.randn_like(output.float()).to(problem.dtype)
     grad_lse = torch.randn_like(lse) if with_grad_lse else None
-    grads = block.backward(problem, operands, output, lse, grad_output, grad_lse, operands.rpb is not None)
+    grads = backend.backward(block, problem, operands, output, lse, grad_output, grad_lse, operands.rpb is not None)
     wanted = Reference().backward(
         exact,
         doubles,
@@ -144,19 +145,19 @@ def test_more_items_than_a_warp_has_lanes(emulator: EmulatorRuntime, monkeypatch
 def test_transposed_grad_output(emulator: EmulatorRuntime) -> None:
     problem = make_problem((4, 4), (2, 1))
     operands = make_operands(problem)
-    output, lse = block.forward(problem, operands)
+    output, lse = backend.forward(block, problem, operands)
     grad_output = torch.randn(1, problem.heads, *problem.space, 32).to(problem.dtype).permute(0, 2, 3, 1, 4)
-    strided = block.backward(problem, operands, output, lse, grad_output, None, True)
-    contiguous = block.backward(problem, operands, output, lse, grad_output.contiguous(), None, True)
+    strided = backend.backward(block, problem, operands, output, lse, grad_output, None, True)
+    contiguous = backend.backward(block, problem, operands, output, lse, grad_output.contiguous(), None, True)
     assert all(torch.equal(a, b) for a, b in zip(astuple(strided)[:4], astuple(contiguous)[:4], strict=True))
 
 
 def test_same_bits_twice(emulator: EmulatorRuntime) -> None:
     problem = make_problem((7, 7), (2, 2))
     operands = make_operands(problem)
-    output, lse = block.forward(problem, operands)
+    output, lse = backend.forward(block, problem, operands)
     grad_output = torch.randn_like(output.float()).to(problem.dtype)
-    first, second = (block.backward(problem, operands, output, lse, grad_output, None, True) for _ in range(2))
+    first, second = (backend.backward(block, problem, operands, output, lse, grad_output, None, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(astuple(first)[:4], astuple(second)[:4], strict=True))
 
 

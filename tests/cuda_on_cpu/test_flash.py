@@ -10,6 +10,7 @@ import torch
 from emulator import EmulatorRuntime, guarded
 from torch import Tensor
 
+from kernels import backend
 from kernels.backend import Gradients, Operands
 from kernels.cuda import flash
 from kernels.cuda.arguments import alignment
@@ -92,14 +93,14 @@ def check(
     doubles = Operands(*(None if t is None else t.double() for t in dataclasses.astuple(operands)))
     expected, expected_lse = Reference().forward(exact, doubles)
 
-    output, lse = flash.forward(problem, operands)
+    output, lse = backend.forward(flash, problem, operands)
     assert output.dtype == problem.dtype
     close("output", output, expected, tolerance)
     close("lse", lse, expected_lse, tolerance)
 
     grad_output = guarded(torch.randn(output.shape).to(problem.dtype))
     grad_lse = guarded(torch.randn(lse.shape))
-    gradients = flash.backward(problem, operands, output, lse, grad_output, grad_lse, problem.has_rpb)
+    gradients = backend.backward(flash, problem, operands, output, lse, grad_output, grad_lse, problem.has_rpb)
     wanted = Reference().backward(
         exact, doubles, expected, expected_lse, grad_output.double(), grad_lse.double(), problem.has_rpb
     )
@@ -232,9 +233,9 @@ def test_unusual_scales(emulator: EmulatorRuntime, scale: float) -> None:
 def test_gradients_are_the_same_bits_twice(emulator: EmulatorRuntime) -> None:
     problem = make_problem(*PLANE, rpb_dtype=RPB, additional=5, heads=2, batch=2)
     operands = make_operands(problem)
-    output, lse = flash.forward(problem, operands)
+    output, lse = backend.forward(flash, problem, operands)
     grad = torch.randn(output.shape).half()
-    first, second = (flash.backward(problem, operands, output, lse, grad, None, True) for _ in range(2))
+    first, second = (backend.backward(flash, problem, operands, output, lse, grad, None, True) for _ in range(2))
     for one, two in zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True):
         assert torch.equal(one, two)
 

@@ -9,6 +9,7 @@ import torch
 from emulator import EmulatorRuntime, guarded, guarded_allocations
 from torch import Tensor
 
+from kernels import backend
 from kernels.backend import Gradients, Operands
 from kernels.cuda import runtime, strip_backward
 from kernels.cuda.strip_backward import Tile
@@ -57,8 +58,15 @@ class Call:
 
     def run(self, needs_rpb_grad: bool = True) -> Gradients:
         with guarded_allocations():
-            return strip_backward.backward(
-                self.problem, self.operands, self.output, self.lse, self.grad_output, self.grad_lse, needs_rpb_grad
+            return backend.backward(
+                strip_backward,
+                self.problem,
+                self.operands,
+                self.output,
+                self.lse,
+                self.grad_output,
+                self.grad_lse,
+                needs_rpb_grad,
             )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels import backend
 from kernels.cuda import jit, strip, tuning
 from kernels.cuda.dry import DryKernel, DryRuntime
 from kernels.cuda.jit import KernelSource
@@ -200,7 +201,7 @@ def test_strip_takes_its_tile_from_the_table(monkeypatch: pytest.MonkeyPatch) ->
     for device, tile in ((h200, other), (replace(h200, name=""), guess)):
         dry = DryRuntime(device)
         with use_runtime("cpu", dry):
-            strip.forward(problem, strip.Operands(*tensors, torch.empty(8, 13, 13)))
+            backend.forward(strip, problem, strip.Operands(*tensors, torch.empty(8, 13, 13)))
         assert list(dry.asked) == [strip.plan(problem, tile).source]
 
 
