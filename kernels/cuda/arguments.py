@@ -9,7 +9,7 @@ problem and set of strides; a call only writes the pointers over a copy of those
     set_pointers = FLASH_FORWARD.pointers()
     kernel.launch(grid, shared_bytes, set_pointers(packed, *map(address, (query, key, ..., rpb))))
 
-`kernels.cuda.bound.launch` does the last line, with all worked out beforehand that depends on no address.
+`kernels.cuda.bound.Launch` does the last line, with all worked out beforehand that depends on no address.
 """
 
 from __future__ import annotations

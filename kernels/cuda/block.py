@@ -28,6 +28,7 @@ from kernels.cuda.arguments import (
     padded_axes,
     why_not_near,
 )
+from kernels.cuda.bound import Launch
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.problem import Problem
@@ -128,7 +129,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
     strides = (operands.query.stride(), operands.key.stride(), operands.value.stride())
     plan, packed = _prepared_forward(problem, *strides)
-    launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_forward, packed)
+    launch = Launch(plan.source, plan.grid, plan.shared_bytes, packed, _set_forward).bind(problem.device)
     return bound.forward(problem, launch)
 
 
@@ -145,7 +146,7 @@ def bind_backward(
     read = (operands.query, operands.key, operands.value, grad_output)
     strides = tuple(tensor.stride() for tensor in read)
     plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad)
-    launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_backward, packed)
+    launch = Launch(plan.source, plan.grid, plan.shared_bytes, packed, _set_backward).bind(problem.device)
     return bound.backward(problem, launch, plan.slices if needs_rpb_grad else 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,19 +16,30 @@ from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
 
-def launch(
-    source: KernelSource, device: torch.device, grid: int, shared_bytes: int, pointers: Pointers, packed: bytes
-) -> Callable[..., None]:
-    """A function of the addresses of `pointers`, which are all that `packed` lacks. Compiles and loads the kernel."""
-    start = runtime.kernel(source, device).launch
-    pack, template = pointers.pack, pointers.template(packed)
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Everything about a launch but the addresses of `pointers`, which are all that `packed` lacks."""
 
-    def run(*addresses: int) -> None:
-        values = template.copy()
-        values[1::2] = addresses
-        start(grid, shared_bytes, pack(*values))
+    source: KernelSource
+    grid: int
+    shared_bytes: int
+    packed: bytes
+    pointers: Pointers
+    parts: int = 1
+    """Partial sums that the kernel leaves, one behind another, for PyTorch to add up."""
 
-    return run
+    def bind(self, device: torch.device) -> Callable[..., None]:
+        """A function of the addresses. Compiles and loads the kernel."""
+        start = runtime.kernel(self.source, device).launch
+        grid, shared_bytes = self.grid, self.shared_bytes
+        pack, template = self.pointers.pack, self.pointers.template(self.packed)
+
+        def run(*addresses: int) -> None:
+            values = template.copy()
+            values[1::2] = addresses
+            start(grid, shared_bytes, pack(*values))
+
+        return run
 
 
 def new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:

@@ -94,7 +94,7 @@ def bind_query_gradient(
     launch = planned.bind(problem.device)
     new_gradient, _, _ = bound.new_gradients(problem)
     _, new_delta = bound.new_results(problem)
-    partials_shape = (planned.chunks, *problem.rpb_shape)
+    partials_shape = (planned.parts, *problem.rpb_shape)
 
     def call(
         query: Tensor,
@@ -147,12 +147,12 @@ def bind_additional_gradients(
     """As `bind_key_gradients`, of query, additional keys, additional values, lse, delta and grad_output."""
     planned = flash_launch.additional_gradient_launches(*_layout(problem, operands, grad_output))
     launches = [launch.bind(problem.device) for launch in planned]
-    chunks = max(launch.chunks for launch in planned)
+    parts = max(launch.parts for launch in planned)
 
     def call(
         query: Tensor, keys: Tensor, values: Tensor, lse: Tensor, delta: Tensor, grad_output: Tensor
     ) -> tuple[Tensor, Tensor]:
-        key_sums, value_sums = (t.new_zeros((chunks, *t.shape), dtype=torch.float32) for t in (keys, values))
+        key_sums, value_sums = (t.new_zeros((parts, *t.shape), dtype=torch.float32) for t in (keys, values))
         addresses = [*map(address, (query, keys, values, lse, delta, grad_output, key_sums, value_sums, None))]
         for launch in launches:
             launch(*addresses)

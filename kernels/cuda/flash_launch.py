@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-import torch
-
-from kernels.cuda import bound
-from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Pointers, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.bound import Launch
 from kernels.cuda.flash_plan import (
-    Plan,
     arithmetic_of,
     key_gradient_passes,
     plan_forward,
@@ -92,22 +88,6 @@ Strides = tuple[int, ...]
 NO_TENSOR = bytes(TENSOR.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Everything about a launch but the addresses."""
-
-    plan: Plan
-    grid: int
-    packed: bytes
-    pointers: Pointers
-    chunks: int = 1
-    """Partial sums that the host adds up, where the kernel leaves some."""
-
-    def bind(self, device: torch.device) -> Callable[..., None]:
-        """A function of the addresses of `pointers`."""
-        return bound.launch(self.plan.source, device, self.grid, self.plan.shared_bytes, self.pointers, self.packed)
-
-
 def _contiguous(problem: Problem, heads: int, channels: int) -> bytes:
     """A contiguous tensor [batch, *space, heads, channels], without its address; lse has one channel."""
     strides, step = [], channels
@@ -148,7 +128,7 @@ def forward_launch(problem: Problem, strides: tuple[Strides, ...], vector: int, 
         lse=_contiguous(problem, problem.heads, 1),
         tiles=tiles,
     )
-    return Launch(plan, _all_tiles(problem, tiles, problem.heads), packed, _set_forward)
+    return Launch(plan.source, _all_tiles(problem, tiles, problem.heads), plan.shared_bytes, packed, _set_forward)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,7 +154,7 @@ def query_gradient_launch(
     if needs_rpb_grad:
         affordable = PARTIALS_LIMIT // (4 * rpb_entries(problem) * problem.heads)
         chunks = max(min(chunks, -(-BLOCKS_WANTED // problem.heads), affordable), 1)
-    return Launch(plan, chunks * problem.heads, packed, _set_query_gradient, chunks)
+    return Launch(plan.source, chunks * problem.heads, plan.shared_bytes, packed, _set_query_gradient, chunks)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -197,7 +177,8 @@ def key_gradient_launches(
             tiles=tiles,
             chunk_tiles=0,
         )
-        launches.append(Launch(plan, _all_tiles(problem, tiles, problem.key_heads), packed, _set_key_gradient))
+        grid = _all_tiles(problem, tiles, problem.key_heads)
+        launches.append(Launch(plan.source, grid, plan.shared_bytes, packed, _set_key_gradient))
     return tuple(launches)
 
 
@@ -227,7 +208,7 @@ def additional_gradient_launches(
             tiles=(1, 1, tiles),
             chunk_tiles=chunk_tiles,
         )
-        launches.append(Launch(plan, chunks * blocks, packed, _set_key_gradient, chunks))
+        launches.append(Launch(plan.source, chunks * blocks, plan.shared_bytes, packed, _set_key_gradient, chunks))
     return tuple(launches)
 
 

@@ -16,7 +16,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.cuda import runtime
 from kernels.cuda.arguments import (
     FLOAT,
     GEOMETRY,
@@ -25,11 +24,11 @@ from kernels.cuda.arguments import (
     POINTER,
     TENSOR,
     Struct,
-    address,
     allows_tf32,
     pack_tensor,
     padded_axes,
 )
+from kernels.cuda.bound import Launch
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.weights import (
     MaterialisedAttention,
@@ -37,7 +36,6 @@ from kernels.cuda.weights import (
     geometry_of,
     pack_optional,
     pitch_of,
-    strides_of,
 )
 from kernels.problem import Axis, Problem
 
@@ -97,9 +95,6 @@ INVERSE = Struct(
 _set_scores = SCORES.pointers()
 _set_output = OUTPUT.pointers()
 _set_inverse = INVERSE.pointers()
-
-_Strides = tuple[int, ...]
-_Plan = tuple[KernelSource, int, int, bytes]  # kernel, grid, shared memory, arguments without pointers
 
 
 @lru_cache(maxsize=1024)
@@ -166,63 +161,60 @@ def _source(
     return KernelSource(f"src/gemm_{name}.cuh", f"gemm_{name}", config, f"{camel}Arguments", THREADS, blocks)
 
 
-@lru_cache(maxsize=1024)
-def _scores_plan(
-    problem: Problem,
-    mode: str,
-    tf32: bool,
-    query: _Strides,
-    key: _Strides,
-    additional: _Strides | None,
-    channels: int,
-) -> _Plan:
+class Gemm(MaterialisedAttention):
+    """Batched products over tiles; the attention weights are gathered and scattered on the way."""
+
+    name = "gemm"
+
+    def scores(self, problem: Problem, mode: str, query: Tensor, key: Tensor, additional: Tensor | None) -> Launch:
+        tiles, count = _tiles_of(problem)
+        item = problem.dtype.itemsize
+        chunk = TILE * (DEPTH * item + 16)
+        around = STAGED_BYTES + TILE * (QUERY_BYTES + 3 * KEY_BYTES)
+        channels = query.shape[-1]
+        resident = -(-channels // DEPTH)
+        fits = (2 + resident) * chunk + around <= RESIDENT_LIMIT
+        packed = SCORES.pack(
+            geometry=geometry_of(problem),
+            tiles=tiles,
+            query=pack_tensor(query.stride(), problem.rank),
+            key=pack_tensor(key.stride(), problem.rank),
+            additional=pack_optional(additional),
+            pitch=pitch_of(problem),
+            channels=channels,
+            resident=int(fits),
+        )
+        source = _source("scores", problem.dtype, allows_tf32(), problem.rank, f"ScoreMode::{mode}")
+        shared_bytes = (2 + (resident if fits else 2)) * chunk + around
+        return Launch(source, count * problem.heads, shared_bytes, packed, _set_scores)
+
+    def weighted_sum(self, problem: Problem, value: Tensor, additional: Tensor | None, factor: float) -> Launch:
+        tiles, count = _tiles_of(problem)
+        channels, item = value.shape[-1], problem.dtype.itemsize
+        part, parts = _part_of(channels)
+        shared = 2 * RUN * (part + 8) * item + 2 * TILE * (RUN * item + 16) + TILE * QUERY_BYTES + 2 * RUN * KEY_BYTES
+        packed = OUTPUT.pack(
+            geometry=geometry_of(problem),
+            tiles=tiles,
+            value=pack_tensor(value.stride(), problem.rank),
+            additional=pack_optional(additional),
+            pitch=pitch_of(problem),
+            channels=channels,
+            factor=factor,
+        )
+        source = _source("output", problem.dtype, allows_tf32(), problem.rank, part=part)
+        return Launch(source, count * problem.heads * parts, shared, packed, _set_output)
+
+    def inverse_sum(self, problem: Problem, source: Tensor, factor: float) -> Launch:
+        return _inverse(problem, source, factor, additional=False)
+
+    def additional_sum(self, problem: Problem, source: Tensor, factor: float) -> Launch:
+        return _inverse(problem, source, factor, additional=True)
+
+
+def _inverse(problem: Problem, source: Tensor, factor: float, additional: bool) -> Launch:
     tiles, count = _tiles_of(problem)
-    item = problem.dtype.itemsize
-    chunk = TILE * (DEPTH * item + 16)
-    around = STAGED_BYTES + TILE * (QUERY_BYTES + 3 * KEY_BYTES)
-    resident = -(-channels // DEPTH)
-    fits = (2 + resident) * chunk + around <= RESIDENT_LIMIT
-    packed = SCORES.pack(
-        geometry=geometry_of(problem),
-        tiles=tiles,
-        query=pack_tensor(query, problem.rank),
-        key=pack_tensor(key, problem.rank),
-        additional=pack_optional(additional),
-        pitch=pitch_of(problem),
-        channels=channels,
-        resident=int(fits),
-    )
-    source = _source("scores", problem.dtype, tf32, problem.rank, f"ScoreMode::{mode}")
-    return source, count * problem.heads, (2 + (resident if fits else 2)) * chunk + around, packed
-
-
-@lru_cache(maxsize=1024)
-def _output_plan(
-    problem: Problem, tf32: bool, value: _Strides, additional: _Strides | None, channels: int, factor: float
-) -> _Plan:
-    tiles, count = _tiles_of(problem)
-    part, parts = _part_of(channels)
-    item = problem.dtype.itemsize
-    shared = 2 * RUN * (part + 8) * item + 2 * TILE * (RUN * item + 16) + TILE * QUERY_BYTES + 2 * RUN * KEY_BYTES
-    packed = OUTPUT.pack(
-        geometry=geometry_of(problem),
-        tiles=tiles,
-        value=pack_tensor(value, problem.rank),
-        additional=pack_optional(additional),
-        pitch=pitch_of(problem),
-        channels=channels,
-        factor=factor,
-    )
-    source = _source("output", problem.dtype, tf32, problem.rank, part=part)
-    return source, count * problem.heads * parts, shared, packed
-
-
-@lru_cache(maxsize=1024)
-def _inverse_plan(
-    problem: Problem, tf32: bool, source: _Strides, channels: int, factor: float, additional: bool
-) -> tuple[KernelSource, int, int, int, bytes]:
-    """The kernel, its grid, shared memory, the number of shares (of additional keys), and the arguments."""
-    tiles, count = _tiles_of(problem)
+    channels = source.shape[-1]
     part, parts = _part_of(channels)
     shared = 2 * RUN * (part + 8 + TILE + 8) * problem.dtype.itemsize + 2 * RUN * QUERY_BYTES
     blocks = count * problem.key_heads * parts
@@ -233,68 +225,14 @@ def _inverse_plan(
     packed = INVERSE.pack(
         geometry=geometry_of(problem),
         tiles=tiles,
-        source=pack_tensor(source, problem.rank),
+        source=pack_tensor(source.stride(), problem.rank),
         pitch=pitch_of(problem),
         channels=channels,
         factor=factor,
         tokens_per_share=tokens,
     )
-    kernel = _source("inverse", problem.dtype, tf32, problem.rank, additional, part=part)
-    return kernel, blocks * shares, shared, shares, packed
-
-
-class Gemm(MaterialisedAttention):
-    """Batched products over tiles; the attention weights are gathered and scattered on the way."""
-
-    name = "gemm"
-
-    def scores(
-        self,
-        problem: Problem,
-        mode: str,
-        query: Tensor,
-        key: Tensor,
-        additional: Tensor | None,
-        weights: Tensor,
-        rpb: Tensor | None,
-        statistic: Tensor | None,
-    ) -> None:
-        strides = (query.stride(), key.stride(), strides_of(additional))
-        source, grid, shared, packed = _scores_plan(problem, mode, allows_tf32(), *strides, query.shape[-1])
-        arguments = _set_scores(packed, *map(address, (query, key, additional, weights, rpb, statistic)))
-        runtime.kernel(source, problem.device).launch(grid, shared, arguments)
-
-    def weighted_sum(
-        self, problem: Problem, weights: Tensor, value: Tensor, additional: Tensor | None, factor: float
-    ) -> Tensor:
-        channels = value.shape[-1]
-        output = value.new_empty((problem.batch, *problem.space, problem.heads, channels))
-        strides = (value.stride(), strides_of(additional))
-        source, grid, shared, packed = _output_plan(problem, allows_tf32(), *strides, channels, factor)
-        arguments = _set_output(packed, *map(address, (weights, value, additional, output)))
-        runtime.kernel(source, problem.device).launch(grid, shared, arguments)
-        return output
-
-    def inverse_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
-        channels = source.shape[-1]
-        gradient = source.new_empty((problem.batch, *problem.space, problem.key_heads, channels))
-        kernel, grid, shared, _, packed = _inverse_plan(
-            problem, allows_tf32(), source.stride(), channels, factor, additional=False
-        )
-        arguments = _set_inverse(packed, *map(address, (weights, source, gradient)))
-        runtime.kernel(kernel, problem.device).launch(grid, shared, arguments)
-        return gradient
-
-    def additional_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
-        channels = source.shape[-1]
-        kernel, grid, shared, shares, packed = _inverse_plan(
-            problem, allows_tf32(), source.stride(), channels, factor, additional=True
-        )
-        shape = (shares, problem.batch, problem.additional, problem.key_heads, channels)
-        partials = source.new_empty(shape, dtype=torch.float32)
-        arguments = _set_inverse(packed, *map(address, (weights, source, partials)))
-        runtime.kernel(kernel, problem.device).launch(grid, shared, arguments)
-        return partials.sum(0).to(source.dtype)
+    kernel = _source("inverse", problem.dtype, allows_tf32(), problem.rank, additional, part=part)
+    return Launch(kernel, blocks * shares, shared, packed, _set_inverse, shares)
 
 
 BACKEND = Gemm()

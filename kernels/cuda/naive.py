@@ -7,13 +7,12 @@ bytes at a time in scores and four at a time (two halves) elsewhere. kernels/cud
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kernels.cuda import runtime
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, address, pack_tensor
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, pack_tensor
+from kernels.cuda.bound import Launch
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.weights import (
     CHUNKS,
@@ -26,7 +25,6 @@ from kernels.cuda.weights import (
     pack_optional,
     pitch_of,
     representative_weights_sources,
-    strides_of,
 )
 from kernels.problem import Problem
 
@@ -92,123 +90,66 @@ def _source(name: str, dtype: torch.dtype, rank: int, *parameters: object) -> Ke
     return KernelSource(f"src/naive_{name}.cuh", f"naive_{name}", config, f"{camel}Arguments", ELEMENT_THREADS)
 
 
-_Strides = tuple[int, ...]
-_Plan = tuple[KernelSource, int, bytes]  # kernel, grid, arguments without pointers
-
-
-@lru_cache(maxsize=1024)
-def _scores_plan(
-    problem: Problem, mode: str, query: _Strides, key: _Strides, additional: _Strides | None, channels: int
-) -> _Plan:
-    chunks, grid = chunks_of(problem.batch, problem.tokens * problem.heads, columns_of(problem))
-    packed = SCORES.pack(
-        geometry=geometry_of(problem),
-        query=pack_tensor(query, problem.rank),
-        key=pack_tensor(key, problem.rank),
-        additional=pack_optional(additional),
-        pitch=pitch_of(problem),
-        channels=channels,
-        chunks=chunks,
-    )
-    return _source("scores", problem.dtype, problem.rank, f"ScoreMode::{mode}"), grid, packed
-
-
-@lru_cache(maxsize=1024)
-def _output_plan(problem: Problem, value: _Strides, additional: _Strides | None, channels: int, factor: float) -> _Plan:
-    words = channels * problem.dtype.itemsize // 4
-    chunks, grid = chunks_of(problem.batch, problem.tokens * problem.heads, words)
-    packed = OUTPUT.pack(
-        geometry=geometry_of(problem),
-        value=pack_tensor(value, problem.rank),
-        additional=pack_optional(additional),
-        pitch=pitch_of(problem),
-        factor=factor,
-        chunks=chunks,
-    )
-    return _source("output", problem.dtype, problem.rank), grid, packed
-
-
-@lru_cache(maxsize=1024)
-def _inverse_plan(problem: Problem, source: _Strides, channels: int, factor: float) -> _Plan:
-    words = channels * problem.dtype.itemsize // 4
-    chunks, grid = chunks_of(problem.batch, problem.tokens * problem.key_heads, words)
-    packed = INVERSE.pack(
-        geometry=geometry_of(problem),
-        source=pack_tensor(source, problem.rank),
-        pitch=pitch_of(problem),
-        factor=factor,
-        chunks=chunks,
-    )
-    return _source("inverse", problem.dtype, problem.rank), grid, packed
-
-
-@lru_cache(maxsize=1024)
-def _additional_plan(
-    problem: Problem, source: _Strides, channels: int, factor: float
-) -> tuple[KernelSource, int, int, bytes]:
-    """The kernel, its grid, the number of shares, and the arguments."""
-    rows = problem.additional * problem.key_heads
-    shares, tokens = additional_shares(problem, chunks_of(problem.batch, rows, channels)[1])
-    chunks, grid = chunks_of(shares * problem.batch, rows, channels)
-    packed = ADDITIONAL.pack(
-        geometry=geometry_of(problem),
-        source=pack_tensor(source, problem.rank),
-        pitch=pitch_of(problem),
-        factor=factor,
-        tokens_per_share=tokens,
-        chunks=chunks,
-    )
-    return _source("additional", problem.dtype, problem.rank), grid, shares, packed
-
-
 class Naive(MaterialisedAttention):
     """One thread per score, one thread per four bytes of output or gradient."""
 
     name = "naive"
 
-    def scores(
-        self,
-        problem: Problem,
-        mode: str,
-        query: Tensor,
-        key: Tensor,
-        additional: Tensor | None,
-        weights: Tensor,
-        rpb: Tensor | None,
-        statistic: Tensor | None,
-    ) -> None:
-        source, grid, packed = _scores_plan(
-            problem, mode, query.stride(), key.stride(), strides_of(additional), query.shape[-1]
+    def scores(self, problem: Problem, mode: str, query: Tensor, key: Tensor, additional: Tensor | None) -> Launch:
+        chunks, grid = chunks_of(problem.batch, problem.tokens * problem.heads, columns_of(problem))
+        packed = SCORES.pack(
+            geometry=geometry_of(problem),
+            query=pack_tensor(query.stride(), problem.rank),
+            key=pack_tensor(key.stride(), problem.rank),
+            additional=pack_optional(additional),
+            pitch=pitch_of(problem),
+            channels=query.shape[-1],
+            chunks=chunks,
         )
-        arguments = _set_scores(packed, *map(address, (query, key, additional, weights, rpb, statistic)))
-        runtime.kernel(source, problem.device).launch(grid, 0, arguments)
+        source = _source("scores", problem.dtype, problem.rank, f"ScoreMode::{mode}")
+        return Launch(source, grid, 0, packed, _set_scores)
 
-    def weighted_sum(
-        self, problem: Problem, weights: Tensor, value: Tensor, additional: Tensor | None, factor: float
-    ) -> Tensor:
-        channels = value.shape[-1]
-        output = value.new_empty((problem.batch, *problem.space, problem.heads, channels))
-        source, grid, packed = _output_plan(problem, value.stride(), strides_of(additional), channels, factor)
-        arguments = _set_output(packed, *map(address, (weights, value, additional, output)))
-        runtime.kernel(source, problem.device).launch(grid, 0, arguments)
-        return output
+    def weighted_sum(self, problem: Problem, value: Tensor, additional: Tensor | None, factor: float) -> Launch:
+        chunks, grid = chunks_of(problem.batch, problem.tokens * problem.heads, _words(value))
+        packed = OUTPUT.pack(
+            geometry=geometry_of(problem),
+            value=pack_tensor(value.stride(), problem.rank),
+            additional=pack_optional(additional),
+            pitch=pitch_of(problem),
+            factor=factor,
+            chunks=chunks,
+        )
+        return Launch(_source("output", problem.dtype, problem.rank), grid, 0, packed, _set_output)
 
-    def inverse_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
-        channels = source.shape[-1]
-        gradient = source.new_empty((problem.batch, *problem.space, problem.key_heads, channels))
-        kernel, grid, packed = _inverse_plan(problem, source.stride(), channels, factor)
-        arguments = _set_inverse(packed, *map(address, (weights, source, gradient)))
-        runtime.kernel(kernel, problem.device).launch(grid, 0, arguments)
-        return gradient
+    def inverse_sum(self, problem: Problem, source: Tensor, factor: float) -> Launch:
+        chunks, grid = chunks_of(problem.batch, problem.tokens * problem.key_heads, _words(source))
+        packed = INVERSE.pack(
+            geometry=geometry_of(problem),
+            source=pack_tensor(source.stride(), problem.rank),
+            pitch=pitch_of(problem),
+            factor=factor,
+            chunks=chunks,
+        )
+        return Launch(_source("inverse", problem.dtype, problem.rank), grid, 0, packed, _set_inverse)
 
-    def additional_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
-        channels = source.shape[-1]
-        kernel, grid, shares, packed = _additional_plan(problem, source.stride(), channels, factor)
-        shape = (shares, problem.batch, problem.additional, problem.key_heads, channels)
-        partials = source.new_empty(shape, dtype=torch.float32)
-        arguments = _set_additional(packed, *map(address, (weights, source, partials)))
-        runtime.kernel(kernel, problem.device).launch(grid, 0, arguments)
-        return partials.sum(0).to(source.dtype)
+    def additional_sum(self, problem: Problem, source: Tensor, factor: float) -> Launch:
+        rows, channels = problem.additional * problem.key_heads, source.shape[-1]
+        shares, tokens = additional_shares(problem, chunks_of(problem.batch, rows, channels)[1])
+        chunks, grid = chunks_of(shares * problem.batch, rows, channels)
+        packed = ADDITIONAL.pack(
+            geometry=geometry_of(problem),
+            source=pack_tensor(source.stride(), problem.rank),
+            pitch=pitch_of(problem),
+            factor=factor,
+            tokens_per_share=tokens,
+            chunks=chunks,
+        )
+        return Launch(_source("additional", problem.dtype, problem.rank), grid, 0, packed, _set_additional, shares)
+
+
+def _words(tensor: Tensor) -> int:
+    """Four-byte words of a row of channels."""
+    return tensor.shape[-1] * tensor.element_size() // 4
 
 
 BACKEND = Naive()

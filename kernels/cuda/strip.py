@@ -29,6 +29,7 @@ from kernels.cuda.arguments import (
     pack_tensor,
     why_not_near,
 )
+from kernels.cuda.bound import Launch
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
 from kernels.problem import Axis, Problem
@@ -125,7 +126,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
 
     def launch_of(tile: Tile) -> Callable[..., None]:
         plan, packed = _prepared(problem, tile, *strides)
-        return bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
+        return Launch(plan.source, plan.grid, plan.shared_bytes, packed, _set_pointers).bind(problem.device)
 
     @functools.cache
     def tried() -> tuple[Tensor | None, ...]:

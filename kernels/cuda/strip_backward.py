@@ -30,6 +30,7 @@ from kernels.cuda.arguments import (
     pack_tensor,
     why_not_near,
 )
+from kernels.cuda.bound import Launch
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import BLOCK_RESERVE, DTYPES, GRID, HEAD_DIMS, SMALLEST_SCALE, pack_grid
@@ -155,7 +156,7 @@ def bind_backward(
     """Of problems and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
     read = (operands.query, operands.key, operands.value, aligned(output.contiguous()), grad_output)
     plan, packed = _prepared(problem, needs_rpb_grad, *(tensor.stride() for tensor in read))
-    launch = bound.launch(plan.source, problem.device, plan.grid, plan.shared_bytes, _set_pointers, packed)
+    launch = Launch(plan.source, plan.grid, plan.shared_bytes, packed, _set_pointers).bind(problem.device)
     return bound.backward(problem, launch, plan.grid // problem.heads if needs_rpb_grad else 0)
 
 

@@ -9,16 +9,17 @@ them with their own gradient, so that one matrix is all there ever is.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Gradients, Operands
-from kernels.cuda import runtime
+from kernels.backend import BoundBackward, BoundForward, Gradients, Operands
+from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import (
     GEOMETRY,
     INT,
@@ -31,6 +32,7 @@ from kernels.cuda.arguments import (
     pack_geometry,
     pack_tensor,
 )
+from kernels.cuda.bound import Launch
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -93,12 +95,12 @@ def pitch_of(problem: Problem) -> int:
     return -(-columns_of(problem) // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def geometry_of(problem: Problem) -> bytes:
     return pack_geometry(problem)
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def chunks_of(matrices: int, rows: int, columns: int) -> tuple[bytes, int]:
     """`Chunks` of so many matrices, and the blocks of ELEMENT_THREADS threads that give each element one thread.
 
@@ -117,13 +119,9 @@ def chunks_of(matrices: int, rows: int, columns: int) -> tuple[bytes, int]:
     return packed, matrices * chunks * blocks_per_chunk
 
 
-def pack_optional(strides: tuple[int, ...] | None) -> bytes:
+def pack_optional(tensor: Tensor | None) -> bytes:
     """TensorArguments of additional keys or values, all zero where there are none."""
-    return pack_tensor((0, 0, 0) if strides is None else strides, rank=1)
-
-
-def strides_of(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()
+    return pack_tensor((0, 0, 0) if tensor is None else tensor.stride(), rank=1)
 
 
 def _source(name: str, dtype: torch.dtype, rank: int, threads: int, *parameters: object) -> KernelSource:
@@ -148,36 +146,30 @@ _set_delta = DELTA.pointers()
 _set_bias_gradient = BIAS_GRADIENT.pointers()
 
 
-@lru_cache(maxsize=1024)
-def _softmax_plan(problem: Problem) -> tuple[KernelSource, int, bytes]:
+def _softmax(problem: Problem) -> Launch:
     lanes = 8 if pitch_of(problem) <= 128 else 32
     masked = any(axis.causal for axis in problem.axes)
     source = _source("softmax", problem.dtype, problem.rank, ELEMENT_THREADS, lanes, masked)
     blocks = -(-problem.tokens * problem.heads * lanes // ELEMENT_THREADS)
     packed = SOFTMAX.pack(geometry=geometry_of(problem), pitch=pitch_of(problem), blocks=blocks)
-    return source, problem.batch * blocks, packed
+    return Launch(source, problem.batch * blocks, 0, packed, _set_softmax)
 
 
-@lru_cache(maxsize=1024)
-def _delta_plan(
-    problem: Problem, output: tuple[int, ...], grad_output: tuple[int, ...]
-) -> tuple[KernelSource, int, bytes]:
+def _delta(problem: Problem, output: Tensor, grad_output: Tensor) -> Launch:
     lanes = 4 if problem.value_dim * problem.dtype.itemsize <= 64 else 8
     source = _source("delta", problem.dtype, problem.rank, ELEMENT_THREADS, lanes)
     blocks = -(-problem.tokens * problem.heads * lanes // ELEMENT_THREADS)
     packed = DELTA.pack(
         geometry=geometry_of(problem),
-        output=pack_tensor(output, problem.rank),
-        grad_output=pack_tensor(grad_output, problem.rank),
+        output=pack_tensor(output.stride(), problem.rank),
+        grad_output=pack_tensor(grad_output.stride(), problem.rank),
         channels=problem.value_dim,
         blocks=blocks,
     )
-    return source, problem.batch * blocks, packed
+    return Launch(source, problem.batch * blocks, 0, packed, _set_delta)
 
 
-@lru_cache(maxsize=1024)
-def _bias_gradient_plan(problem: Problem) -> tuple[KernelSource, int, int, bytes]:
-    """The kernel, its grid, the number of shares, and the arguments."""
+def _bias_gradient(problem: Problem) -> Launch:
     offsets = math.prod(problem.rpb_shape[1:])
     runs = -(-offsets // BIAS_THREADS)
     queries = problem.batch * problem.tokens
@@ -188,12 +180,9 @@ def _bias_gradient_plan(problem: Problem) -> tuple[KernelSource, int, int, bytes
         queries_per_share=-(-queries // shares),
         runs=runs,
     )
-    return (
-        _source("bias_gradient", problem.dtype, problem.rank, BIAS_THREADS),
-        shares * problem.heads * runs,
-        shares,
-        packed,
-    )
+    source = _source("bias_gradient", problem.dtype, problem.rank, BIAS_THREADS)
+    shared_bytes = BIAS_THREADS * BIAS_QUERY_BYTES
+    return Launch(source, shares * problem.heads * runs, shared_bytes, packed, _set_bias_gradient, shares)
 
 
 class MaterialisedAttention(ABC):
@@ -217,21 +206,30 @@ class MaterialisedAttention(ABC):
             return "one map has about 2^31 queries over its heads, or a query 2^30 keys."
         return None
 
-    def forward(self, problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-        """See kernels.backend.Backend. Takes `pitch` elements per query and head of memory on the way."""
-        operands = _aligned_operands(operands)
-        query = operands.query
-        weights = self._new_weights(problem, query)
-        self.scores(
-            problem, "SCORE", query, operands.key, operands.additional_keys, weights, _bias_table(operands.rpb), None
-        )
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        source, grid, packed = _softmax_plan(problem)
-        runtime.kernel(source, problem.device).launch(grid, 0, _set_softmax(packed, weights.data_ptr(), lse.data_ptr()))
-        output = self.weighted_sum(problem, weights, operands.value, operands.additional_values, 1.0)
-        return output, lse
+    def bind_forward(self, problem: Problem, operands: Operands) -> BoundForward:
+        """See kernels.backend.bind_forward. Takes `pitch` elements per query and head of memory on the way."""
+        return _bind_aligned(functools.partial(self._bind_forward, problem), operands.tensors)
 
-    def backward(
+    def _bind_forward(self, problem: Problem, *tensors: Tensor) -> BoundForward:
+        query, key, value, _, keys, values = tensors
+        weigh = self.scores(problem, "SCORE", query, key, keys).bind(problem.device)
+        softmax = _softmax(problem).bind(problem.device)
+        sum_values = self.weighted_sum(problem, value, values, 1.0).bind(problem.device)
+        new_weights = _new_weights(problem)
+        new_output, new_lse = bound.new_results(problem)
+
+        def call(
+            query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, keys: Tensor | None, values: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            weights, output, lse, bias = new_weights(), new_output(), new_lse(), _bias_table(rpb)
+            weigh(*map(address, (query, key, keys, weights, bias, None)))
+            softmax(*map(address, (weights, lse)))
+            sum_values(*map(address, (weights, value, values, output)))
+            return output, lse
+
+        return call
+
+    def bind_backward(
         self,
         problem: Problem,
         operands: Operands,
@@ -240,96 +238,145 @@ class MaterialisedAttention(ABC):
         grad_output: Tensor,
         grad_lse: Tensor | None,
         needs_rpb_grad: bool,
-    ) -> Gradients:
-        """See kernels.backend.Backend."""
-        operands = _aligned_operands(operands)
-        grad_output, output = aligned(grad_output), aligned(output)
-        query, key, value = operands.query, operands.key, operands.value
-        keys, values = operands.additional_keys, operands.additional_values
+    ) -> BoundBackward:
+        """See kernels.backend.bind_backward."""
+        tensors = (*operands.tensors, output, lse, grad_output, grad_lse)
+        return _bind_aligned(functools.partial(self._bind_backward, problem, needs_rpb_grad), tensors)
 
-        weights = self._new_weights(problem, query)
-        self.scores(problem, "WEIGHT", query, key, keys, weights, _bias_table(operands.rpb), lse.contiguous())
-        grad_value = self.inverse_sum(problem, weights, grad_output, 1.0)
-        grad_values = None if values is None else self.additional_sum(problem, weights, grad_output, 1.0)
+    def _bind_backward(self, problem: Problem, needs_rpb_grad: bool, *tensors: Tensor) -> BoundBackward:
+        query, key, value, _, keys, values, output, _, grad_output, _ = tensors
+        device, scale = problem.device, problem.scale
+        weigh = self.scores(problem, "WEIGHT", query, key, keys).bind(device)
+        sum_outputs = self.inverse_sum(problem, grad_output, 1.0).bind(device)
+        delta_of = _delta(problem, output, grad_output).bind(device)
+        slope = self.scores(problem, "GRADIENT", grad_output, value, values).bind(device)
+        sum_keys = self.weighted_sum(problem, key, keys, scale).bind(device)
+        sum_queries = self.inverse_sum(problem, query, scale).bind(device)
+        sum_all_outputs = self._bind_additional_sum(problem, grad_output, 1.0) if problem.additional else None
+        sum_all_queries = self._bind_additional_sum(problem, query, scale) if problem.additional else None
+        sum_bias = _bind_bias_sum(problem) if needs_rpb_grad else None
+        new_weights = _new_weights(problem)
+        new_query, new_key, new_value = bound.new_gradients(problem)
+        _, new_delta = bound.new_results(problem)
 
-        delta = self._delta(problem, output, grad_output, grad_lse)
-        self.scores(problem, "GRADIENT", grad_output, value, values, weights, None, delta)
-        grad_query = self.weighted_sum(problem, weights, key, keys, problem.scale)
-        grad_key = self.inverse_sum(problem, weights, query, problem.scale)
-        grad_keys = None if keys is None else self.additional_sum(problem, weights, query, problem.scale)
-        grad_rpb = None
-        if needs_rpb_grad and operands.rpb is not None:
-            grad_rpb = self._bias_gradient(problem, weights).to(operands.rpb.dtype)
-        return Gradients(grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values)
+        def call(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            rpb: Tensor | None,
+            keys: Tensor | None,
+            values: Tensor | None,
+            output: Tensor,
+            lse: Tensor,
+            grad_output: Tensor,
+            grad_lse: Tensor | None,
+        ) -> Gradients:
+            weights, bias, lse = new_weights(), _bias_table(rpb), lse.contiguous()
+            weigh(*map(address, (query, key, keys, weights, bias, lse)))
+            grad_value = new_value()
+            sum_outputs(*map(address, (weights, grad_output, grad_value)))
+            grad_values = None if sum_all_outputs is None else sum_all_outputs(weights, grad_output)
+
+            delta = new_delta()
+            grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+            delta_of(*map(address, (output, grad_output, grad_lse, delta)))
+            slope(*map(address, (grad_output, value, values, weights, None, delta)))
+            grad_query, grad_key = new_query(), new_key()
+            sum_keys(*map(address, (weights, key, keys, grad_query)))
+            sum_queries(*map(address, (weights, query, grad_key)))
+            grad_keys = None if sum_all_queries is None else sum_all_queries(weights, query)
+            grad_rpb = None if sum_bias is None else sum_bias(weights)
+            return Gradients(grad_query, grad_key, grad_value, grad_rpb, grad_keys, grad_values)
+
+        return call
+
+    def _bind_additional_sum(
+        self, problem: Problem, source: Tensor, factor: float
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Of weights and source: the gradient of additional keys or values."""
+        planned = self.additional_sum(problem, source, factor)
+        shape = (planned.parts, problem.batch, problem.additional, problem.key_heads, source.shape[-1])
+        return _bind_sum(problem, planned, shape, problem.dtype)
 
     @abstractmethod
-    def scores(
-        self,
-        problem: Problem,
-        mode: str,
-        query: Tensor,
-        key: Tensor,
-        additional: Tensor | None,
-        weights: Tensor,
-        rpb: Tensor | None,
-        statistic: Tensor | None,
-    ) -> None:
-        """Pointwise-neighbourhood: products of every query with its keys, into `weights`.
+    def scores(self, problem: Problem, mode: str, query: Tensor, key: Tensor, additional: Tensor | None) -> Launch:
+        """Pointwise-neighbourhood: products of every query with its keys, into the weights.
 
         `mode` is a ScoreMode of fastna/weights.cuh. "SCORE" stores `scale * product + rpb`; "WEIGHT" stores
         `exp(that - statistic)`, the statistic being lse; "GRADIENT" replaces each weight by `weight * (product -
-        statistic)`, with grad_output for query, value for key and delta for the statistic.
+        statistic)`, with grad_output for query, value for key and delta for the statistic. Takes the addresses of
+        query, key, additional keys, weights, rpb (contiguous, float32) and statistic. Here and below, tensors given
+        are like those of the call.
         """
 
     @abstractmethod
-    def weighted_sum(
-        self, problem: Problem, weights: Tensor, value: Tensor, additional: Tensor | None, factor: float
-    ) -> Tensor:
+    def weighted_sum(self, problem: Problem, value: Tensor, additional: Tensor | None, factor: float) -> Launch:
         """Neighbourhood-neighbourhood: `factor` times the sum of `weight * value` over each query's keys.
 
-        `[batch, *space, heads, channels]`, as channels `value` has.
+        Takes the addresses of weights, value, additional values and the sums, `[batch, *space, heads, channels]`, as
+        channels `value` has.
         """
 
     @abstractmethod
-    def inverse_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
-        """Inverse neighbourhood: for each key, `factor` times the sum of `weight * source` over its queries."""
+    def inverse_sum(self, problem: Problem, source: Tensor, factor: float) -> Launch:
+        """Inverse neighbourhood: for each key, `factor` times the sum of `weight * source` over its queries.
+
+        Takes the addresses of weights, source and the sums, `[batch, *space, key_heads, channels]`.
+        """
 
     @abstractmethod
-    def additional_sum(self, problem: Problem, weights: Tensor, source: Tensor, factor: float) -> Tensor:
-        """The same for the additional keys, which every query sees: `[batch, additional, key_heads, channels]`."""
+    def additional_sum(self, problem: Problem, source: Tensor, factor: float) -> Launch:
+        """The same for the additional keys, which every query sees.
 
-    def _new_weights(self, problem: Problem, query: Tensor) -> Tensor:
-        return query.new_empty((problem.batch, problem.tokens, problem.heads, pitch_of(problem)))
-
-    def _delta(self, problem: Problem, output: Tensor, grad_output: Tensor, grad_lse: Tensor | None) -> Tensor:
-        delta = output.new_empty(output.shape[:-1], dtype=torch.float32)
-        if grad_lse is not None:
-            grad_lse = grad_lse.to(torch.float32).contiguous()
-        source, grid, packed = _delta_plan(problem, output.stride(), grad_output.stride())
-        arguments = _set_delta(packed, output.data_ptr(), grad_output.data_ptr(), address(grad_lse), delta.data_ptr())
-        runtime.kernel(source, problem.device).launch(grid, 0, arguments)
-        return delta
-
-    def _bias_gradient(self, problem: Problem, gradients: Tensor) -> Tensor:
-        source, grid, shares, packed = _bias_gradient_plan(problem)
-        partials = gradients.new_empty((shares, *problem.rpb_shape), dtype=torch.float32)
-        runtime.kernel(source, problem.device).launch(
-            grid,
-            BIAS_THREADS * BIAS_QUERY_BYTES,
-            _set_bias_gradient(packed, gradients.data_ptr(), partials.data_ptr()),
-        )
-        return partials.sum(0)
+        The sums come in float32 and in parts, `[parts, batch, additional, key_heads, channels]`.
+        """
 
 
-def _aligned_operands(operands: Operands) -> Operands:
-    return Operands(
-        aligned(operands.query),
-        aligned(operands.key),
-        aligned(operands.value),
-        operands.rpb,
-        None if operands.additional_keys is None else aligned(operands.additional_keys),
-        None if operands.additional_values is None else aligned(operands.additional_values),
-    )
+_Bound = TypeVar("_Bound", BoundForward, BoundBackward)
+
+
+def _bind_aligned(bind: Callable[..., _Bound], tensors: Sequence[Tensor | None]) -> _Bound:
+    """What `bind` makes of tensors that 16-byte copies can read: of copies, in every call, where these are not so."""
+    readable = _aligned(tensors)
+    call = bind(*readable)
+    if all(one is other for one, other in zip(tensors, readable, strict=True)):
+        return call
+    return lambda *tensors: call(*_aligned(tensors))
+
+
+_COPIED = (True, True, True, False, True, True, True, False, True, False)
+"""Of query, key, value, rpb, additional keys and values, output, lse, grad_output, grad_lse: rows of channels."""
+
+
+def _aligned(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [
+        aligned(tensor) if tensor is not None and is_copied else tensor
+        for tensor, is_copied in zip(tensors, _COPIED, strict=False)
+    ]
+
+
+def _new_weights(problem: Problem) -> Callable[[], Tensor]:
+    return bound.new((problem.batch, problem.tokens, problem.heads, pitch_of(problem)), problem.dtype, problem.device)
+
+
+def _bind_bias_sum(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Of the weights' gradient: that of rpb."""
+    assert problem.rpb_dtype is not None
+    planned = _bias_gradient(problem)
+    return _bind_sum(problem, planned, (planned.parts, *problem.rpb_shape), problem.rpb_dtype)
+
+
+def _bind_sum(problem: Problem, planned: Launch, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Of what the launch reads: the sum over the float32 parts of this shape that it leaves."""
+    launch = planned.bind(problem.device)
+    new_parts = bound.new(shape, torch.float32, problem.device)
+
+    def call(*read: Tensor) -> Tensor:
+        parts = new_parts()
+        launch(*map(address, (*read, parts)))
+        return parts.sum(0).to(dtype)
+
+    return call
 
 
 def _bias_table(rpb: Tensor | None) -> Tensor | None:

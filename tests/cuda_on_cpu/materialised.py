@@ -10,7 +10,7 @@ import torch
 from emulator import guarded, guarded_allocations
 from torch import Tensor
 
-from kernels import neighborhood_attention
+from kernels import backend, neighborhood_attention
 from kernels.backend import Operands
 from kernels.dispatch import choose
 from kernels.problem import Problem
@@ -175,12 +175,12 @@ def exact(case: Case, tensors: Tensors) -> dict[str, Tensor]:
 def run(case: Case, tensors: Tensors, name: str) -> dict[str, Tensor]:
     """The same by a backend, which finds its memory beside guard pages and full of NaN."""
     problem = problem_of(case, tensors)
-    backend = choose(problem, name)
+    chosen = choose(problem, name)
     operands = Operands(**tensors.operands)
     with guarded_allocations():
-        output, lse = backend.forward(problem, operands)
+        output, lse = backend.forward(chosen, problem, operands)
         gradients = backend.backward(
-            problem, operands, output, lse, tensors.grad_output, tensors.grad_lse, needs_rpb_grad=case.rpb
+            chosen, problem, operands, output, lse, tensors.grad_output, tensors.grad_lse, needs_rpb_grad=case.rpb
         )
     return _named(output, lse, {operand: getattr(gradients, operand) for operand in tensors.operands})
 
