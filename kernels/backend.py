@@ -43,6 +43,11 @@ class Gradients:
     additional_keys: Tensor | None = None
     additional_values: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All six, in the order of the fields."""
+        return self.query, self.key, self.value, self.rpb, self.additional_keys, self.additional_values
+
 
 class Backend(Protocol):
     """One way to compute neighborhood attention. A batch is never empty here: the operator answers that itself.

@@ -26,6 +26,9 @@ Bound = Callable[..., Any]
 
 _bound: dict[Kind, Bound] = {}
 
+guarded: dict[Kind, list[tuple[Callable[..., bool], tuple[Any, ...], tuple[Any, ...]]]] = {}
+"""The same calls as kernels/direct.py finds them: a guard of tensors, options, and what is kept."""
+
 
 def kind_of(
     query: Tensor,
@@ -72,8 +75,14 @@ def kind_of(
     if additional_keys is not None or additional_values is not None:
         kind += (*map(_layout, (additional_keys, additional_values)),)
     if query.dtype is torch.float32:
-        kind += (torch.backends.cuda.matmul.fp32_precision,)
+        kind += (float32_precision(),)
     return kind
+
+
+def float32_precision() -> str:
+    """`torch.backends.cuda.matmul.fp32_precision`, at a quarter of the time."""
+    precision: str = torch._C._get_fp32_precision_getter("cuda", "matmul")
+    return precision
 
 
 def _layout(tensor: Tensor | None) -> Kind | None:
@@ -107,11 +116,12 @@ def find(kind: Kind) -> Bound | None:
 def keep(kind: Kind, bound: Bound) -> Bound:
     """Keeps `bound` for later calls, and returns it. Where shapes never repeat, all are dropped now and then."""
     if len(_bound) >= MOST_KINDS:
-        _bound.clear()
+        forget()
     _bound[kind] = bound
     return bound
 
 
 def forget() -> None:
-    """Drops all that is kept, for where kernels run is about to change."""
+    """Drops all that is kept: there is too much of it, or where kernels run is about to change."""
     _bound.clear()
+    guarded.clear()

@@ -22,43 +22,36 @@ from kernels.validation import (
 )
 
 
-def _arguments(
-    rank: int | None,
+def _validated(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rank: int | None,
     kernel_size: IntPerAxis,
     dilation: IntPerAxis,
     stride: IntPerAxis,
     is_causal: BoolPerAxis,
-    rpb: Tensor | None,
     scale: float | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
+    backend: str | None,
 ) -> tuple[Any, ...]:
-    """The call as `operators.forward` takes it, backend excepted."""
+    """The call as `operators.forward` takes it; an error that names what is wrong with it."""
+    if backend is not None:
+        require_known(backend)
     rank = rank_of(query, rank)
-    require_tensors(query, key, value, rpb, additional_keys, additional_values)
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    require_tensors(*tensors)
     return (
-        query,
-        key,
-        value,
-        rpb,
-        additional_keys,
-        additional_values,
+        *tensors,
         ints_per_axis("kernel_size", kernel_size, rank),
         ints_per_axis("dilation", dilation, rank),
         ints_per_axis("stride", stride, rank),
         bools_per_axis("is_causal", is_causal, rank),
         scale_of(scale, query),
+        backend,
     )
-
-
-def _attend(rank: int | None, return_lse: bool, backend: str | None, *call: Any) -> Any:
-    if backend is not None:
-        require_known(backend)
-    results = operators.forward(*_arguments(rank, *call), backend)
-    return results if return_lse else results[0]
 
 
 def neighborhood_attention(
@@ -110,10 +103,9 @@ def neighborhood_attention(
     Raises:
         ValueError, TypeError: before anything is computed, naming the argument, its value, the rule and the fix.
     """
-    return _attend(
-        None, return_lse, backend, query, key, value, kernel_size, dilation, stride, is_causal, rpb, scale,
-        additional_keys, additional_values,
-    )  # fmt: skip
+    options = None, kernel_size, dilation, stride, is_causal, scale, backend
+    results = operators.attend(query, key, value, rpb, additional_keys, additional_values, options, _validated)
+    return results if return_lse else results[0]
 
 
 def na1d(
@@ -133,10 +125,9 @@ def na1d(
     backend: str | None = None,
 ) -> Any:
     """`neighborhood_attention` over sequences: query `[batch, length, heads, head_dim]`."""
-    return _attend(
-        1, return_lse, backend, query, key, value, kernel_size, dilation, stride, is_causal, rpb, scale,
-        additional_keys, additional_values,
-    )  # fmt: skip
+    options = 1, kernel_size, dilation, stride, is_causal, scale, backend
+    results = operators.attend(query, key, value, rpb, additional_keys, additional_values, options, _validated)
+    return results if return_lse else results[0]
 
 
 def na2d(
@@ -156,10 +147,9 @@ def na2d(
     backend: str | None = None,
 ) -> Any:
     """`neighborhood_attention` over maps: query `[batch, height, width, heads, head_dim]`."""
-    return _attend(
-        2, return_lse, backend, query, key, value, kernel_size, dilation, stride, is_causal, rpb, scale,
-        additional_keys, additional_values,
-    )  # fmt: skip
+    options = 2, kernel_size, dilation, stride, is_causal, scale, backend
+    results = operators.attend(query, key, value, rpb, additional_keys, additional_values, options, _validated)
+    return results if return_lse else results[0]
 
 
 def na3d(
@@ -179,10 +169,9 @@ def na3d(
     backend: str | None = None,
 ) -> Any:
     """`neighborhood_attention` over volumes: query `[batch, depth, height, width, heads, head_dim]`."""
-    return _attend(
-        3, return_lse, backend, query, key, value, kernel_size, dilation, stride, is_causal, rpb, scale,
-        additional_keys, additional_values,
-    )  # fmt: skip
+    options = 3, kernel_size, dilation, stride, is_causal, scale, backend
+    results = operators.attend(query, key, value, rpb, additional_keys, additional_values, options, _validated)
+    return results if return_lse else results[0]
 
 
 def explain(
@@ -201,22 +190,8 @@ def explain(
     backend: str | None = None,
 ) -> Explanation:
     """Which backend would serve `neighborhood_attention` of the same arguments, and why no other; print it."""
-    call = _arguments(
-        None,
-        query,
-        key,
-        value,
-        kernel_size,
-        dilation,
-        stride,
-        is_causal,
-        rpb,
-        scale,
-        additional_keys,
-        additional_values,
-    )
-    if backend is not None:
-        require_known(backend)
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    *call, _ = _validated(*tensors, None, kernel_size, dilation, stride, is_causal, scale, backend)
     return explain_problem(describe(*call), backend)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from kernels import calls
+from kernels import calls, direct
 from kernels.backend import Gradients, Operands, bind_backward, bind_forward
+from kernels.determinism import is_deterministic
 from kernels.dispatch import choose
 from kernels.validation import check, describe
 
@@ -32,6 +33,60 @@ _library.define(
 )
 forward = torch.ops.fastna.forward.default
 backward = torch.ops.fastna.backward.default
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    given: direct.Given,
+    validated: Callable[..., tuple[Any, ...]],
+) -> Any:
+    """Output and lse, without PyTorch's dispatcher where nobody would notice (see kernels/direct.py).
+
+    Args:
+        given: all that the result depends on besides the tensors, as the caller gave it.
+        validated: of the tensors and `given`: what `forward` takes. Not asked where a call like this was valid before.
+    """
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    if direct.is_listened_to() or not isinstance(query, Tensor):
+        return forward(*validated(*tensors, *given))
+    present: tuple[Any, ...] = (query, key, value) if rpb is None else (query, key, value, rpb)
+    if additional_keys is not None and additional_values is not None:
+        present = (*present, additional_keys, additional_values)
+    precision = calls.float32_precision() if query.dtype is torch.float32 else None
+    kind = (query.shape, given, rpb is None, additional_keys is None, additional_values is None, precision)
+    found = direct.find(kind, given, present)
+    if found is None:
+        inputs = validated(*tensors, *given)
+        result = forward(*inputs)
+        requires_grad = any(tensor.requires_grad for tensor in present)
+        direct.keep(kind, given, present, lambda: calls.find(calls.kind_of(*inputs)), requires_grad, inputs[6:])
+        return result
+    bound, requires_grad, options = found
+    if requires_grad and torch.is_grad_enabled():
+        return _Attention.apply(*tensors, bound, options)
+    return bound(*tensors)
+
+
+def _gradients(*inputs: Any) -> tuple[Tensor | None, ...]:
+    """What `backward` does, in the same way; None for what is no gradient."""
+    if torch.is_grad_enabled() or direct.is_listened_to():
+        return backward(*inputs)
+    tensors, given = inputs[:10], inputs[10:]
+    present = [tensor for tensor in tensors if tensor is not None]
+    absent = tuple([tensor is None for tensor in tensors])
+    kind = (tensors[0].shape, given, absent, is_deterministic(), calls.float32_precision())
+    found = direct.find(kind, given, present)
+    if found is None:
+        result = backward(*inputs)
+        direct.keep(kind, given, present, lambda: calls.find(_backward_kind(*inputs)))
+        return result
+    (bound,) = found
+    return bound(*tensors).tensors
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -69,21 +124,16 @@ def _bind_forward(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> calls.B
 
 
 def _backward(*inputs: Any) -> tuple[Tensor, ...]:
-    operands, others, needs_rpb_grad, options = inputs[:6], inputs[6:10], inputs[10], inputs[11:]
-    kind = calls.backward_kind_of(calls.kind_of(*operands, *options), needs_rpb_grad, *others)
+    kind = _backward_kind(*inputs)
     bound = calls.find(kind)
     if bound is None:
-        bound = calls.keep(kind, _bind_backward(operands, others, needs_rpb_grad, options))
+        bound = calls.keep(kind, _bind_backward(inputs[:6], inputs[6:10], inputs[10], inputs[11:]))
     gradients: Gradients = bound(*inputs[:10])
-    query = inputs[0]
-    return (
-        gradients.query,
-        gradients.key,
-        gradients.value,
-        _absent(query) if gradients.rpb is None else gradients.rpb,
-        _absent(query) if gradients.additional_keys is None else gradients.additional_keys,
-        _absent(query) if gradients.additional_values is None else gradients.additional_values,
-    )
+    return tuple(_absent(inputs[0]) if gradient is None else gradient for gradient in gradients.tensors)
+
+
+def _backward_kind(*inputs: Any) -> calls.Kind:
+    return calls.backward_kind_of(calls.kind_of(*inputs[:6], *inputs[11:]), inputs[10], *inputs[6:10])
 
 
 def _bind_backward(
@@ -181,10 +231,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        keys, arguments = inputs[6], inputs[7]
-        output: tuple[Tensor, Tensor] = _below_autograd(forward, _forward, keys, (*inputs[:6], *arguments))
+        *operands, compute, arguments = inputs
+        output: tuple[Tensor, Tensor] = compute(*operands)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.save_for_backward(*operands, *output)
         ctx.arguments = arguments
         return output
 
@@ -196,7 +246,7 @@ class _Attention(torch.autograd.Function):
             grad_output = torch.zeros_like(output)
         needed = ctx.needs_input_grad
         needs_rpb_grad = operands[3] is not None and needed[3]
-        found = backward(*operands, output, lse, grad_output, grad_lse, needs_rpb_grad, *ctx.arguments)
+        found = _gradients(*operands, output, lse, grad_output, grad_lse, needs_rpb_grad, *ctx.arguments)
         return (*(g if needed[i] else None for i, g in enumerate(found)), None, None)
 
 
@@ -233,7 +283,11 @@ def _forward_autograd(keys: torch._C.DispatchKeySet, *inputs: Any) -> Any:
                 "neighborhood attention is not differentiated by torch.func (grad, vjp, jacrev): use backward() or "
                 "torch.autograd.grad, or kernels.decomposed(), under which it is made of PyTorch's own functions"
             )
-        return _Attention.apply(*inputs[:6], keys, inputs[6:])
+        *windows, scale, backend = inputs[6:]
+        options = (*map(tuple, windows), scale, backend)  # the dispatcher makes lists, which are no part of a kind
+        return _Attention.apply(
+            *inputs[:6], lambda *tensors: _below_autograd(forward, _forward, keys, (*tensors, *options)), options
+        )
     return _below_autograd(forward, _forward, keys, inputs)
 
 

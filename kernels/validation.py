@@ -38,24 +38,24 @@ def rank_of(query: Tensor, rank: int | None) -> int:
     return rank
 
 
-def ints_per_axis(name: str, value: IntPerAxis, rank: int) -> list[int]:
+def ints_per_axis(name: str, value: IntPerAxis, rank: int) -> tuple[int, ...]:
     """`value` as one int per axis."""
     if type(value) is int:
-        return [value] * rank
+        return (value,) * rank
     return _per_axis(name, value, rank, int, "an int")
 
 
-def bools_per_axis(name: str, value: BoolPerAxis, rank: int) -> list[bool]:
+def bools_per_axis(name: str, value: BoolPerAxis, rank: int) -> tuple[bool, ...]:
     """`value` as one bool per axis."""
     if type(value) is bool:
-        return [value] * rank
+        return (value,) * rank
     return _per_axis(name, value, rank, bool, "a bool")
 
 
-def _per_axis(name: str, value: Any, rank: int, kind: type, called: str) -> list[Any]:
-    """`value` as a list of `rank` items of Python's own `kind`; NumPy's ints and any sequence are taken too."""
-    listed = isinstance(value, Sequence) and not isinstance(value, str)
-    items = [item if type(item) is kind else _plain(item, kind) for item in (value if listed else [value])]
+def _per_axis(name: str, value: Any, rank: int, kind: type, called: str) -> tuple[Any, ...]:
+    """`value` as `rank` items of Python's own `kind`; NumPy's ints and any sequence are taken too."""
+    listed = type(value) is tuple or (isinstance(value, Sequence) and not isinstance(value, str))
+    items = tuple([item if type(item) is kind else _plain(item, kind) for item in (value if listed else (value,))])
     if None in items:
         raise TypeError(f"{name}={value!r} must be {called}, or a tuple of {rank} of them, one per axis of the space")
     if not listed:

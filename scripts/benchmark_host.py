@@ -3,10 +3,12 @@
     python scripts/benchmark_host.py                    # on the GPU, if there is one, else on the CPU
     python scripts/benchmark_host.py --device cpu       # without launches: what Python and PyTorch cost
 
-A floor is what no operator of PyTorch's does without: one dispatch to a Python kernel with as many arguments, the
-allocation of the results, the launch (on a CPU: a function that does nothing). `own` is the rest, all of it this
-project's: arguments, choosing between autograd and not, looking the call up, addresses. Each figure is the best of
-several groups of calls. The sum over the parts of the bias gradient, in `backward`, is PyTorch's and runs on a CPU too.
+A floor is what no operator of PyTorch's does without: the allocation of the results, the launch (on a CPU: a function
+that does nothing). `own` is the rest, all of it this project's: finding out what a call comes to, and addresses. Calls
+go by PyTorch's dispatcher only where something listens (kernels/direct.py): `dispatched` is such a call, and `dispatch`
+the floor in it, one dispatch to a Python kernel with as many arguments. Each figure is the best of several groups of
+calls, groups of all stages in turn. The sum over the parts of the bias gradient, in `backward`, is PyTorch's and runs
+on a CPU too.
 Writes JSON lines to results/<device>/host.jsonl, the environment first.
 """
 
@@ -33,7 +35,7 @@ from kernels.cuda.dry import DryRuntime
 from kernels.validation import describe as describe_problem
 
 CALLS = 200  # of a group: fewer than a GPU's queue of launches holds
-FLOORS = ("dispatch", "allocation", "launch")
+FLOORS = ("allocation", "launch", "dispatch")
 # Name, dtype, dilation and whether there is a bias, of a map of 14 x 14 tokens with 8 heads of 32 channels.
 CASES = (
     ("strip 14^2 h8", torch.bfloat16, 1, True),
@@ -45,17 +47,20 @@ _floor = torch.library.Library("fastna_host_floor", "DEF")
 _floor.define(f"forward({operators._OPERANDS}, {operators._ARGUMENTS}) -> (Tensor, Tensor)")
 
 
-def microseconds(call: Callable[[], object], device: torch.device, groups: int) -> float:
-    best = float("inf")
-    for group in range(groups + 1):  # the first warms up
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        taken = (time.perf_counter() - start) / CALLS
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, taken) if group else best
-    return best * 1e6
+def microseconds(calls_of: dict[str, Callable[[], object]], device: torch.device, groups: int) -> dict[str, float]:
+    """Of one call of each, the best of several groups; all in turn, so that a change of clock meets all of them."""
+    best = dict.fromkeys(calls_of, float("inf"))
+    for group in range(groups + 1):
+        for name, call in calls_of.items():
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            taken = (time.perf_counter() - start) / CALLS * 1e6
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if group:  # the first warms up
+                best[name] = min(best[name], taken)
+    return best
 
 
 def forward_stages(
@@ -65,39 +70,34 @@ def forward_stages(
     query, key, value = torch.zeros(2, 14, 14, 3, 8, 32, dtype=dtype, device=device).unbind(-3)
     rpb = torch.zeros(8, 13, 13, device=device) if has_rpb else None
     tensors = (query, key, value, rpb, None, None)
-    options = ([7, 7], [dilation] * 2, [1, 1], [False, False], 32**-0.5)
+    options = ((7, 7), (dilation, dilation), (1, 1), (False, False), 32**-0.5)
     inputs = (*tensors, *options, "fused")
     problem = describe_problem(*tensors, *options)
-
-    def measure(call: Callable[[], object]) -> float:
-        return microseconds(call, device, groups)
-
     with torch.no_grad():
         kept = operators.forward(*inputs)
         _kept[:] = [kept]
         computed = calls.find(calls.kind_of(*inputs))
         assert computed is not None
         new_output, new_lse = bound.new_results(problem)
-        times = {
-            "whole": measure(lambda: na2d(query, key, value, 7, dilation=dilation, rpb=rpb, backend="fused")),
-            "operator": measure(lambda: operators.forward(*inputs)),
-            "implementation": measure(lambda: operators._forward(*inputs)),
-            "lookup": measure(lambda: calls.find(calls.kind_of(*inputs))),
-            "bound": measure(lambda: computed(*tensors)),
-            "dispatch": measure(lambda: torch.ops.fastna_host_floor.forward.default(*inputs)),
-            "allocation": measure(lambda: (new_output(), new_lse())),
-            "launch": measure(launch_alone(problem, tensors)),
+        stages = {
+            "whole": lambda: na2d(query, key, value, 7, dilation=dilation, rpb=rpb, backend="fused"),
+            "bound": lambda: computed(*tensors),
+            "allocation": lambda: (new_output(), new_lse()),
+            "launch": launch_alone(problem, tensors),
+            "dispatched": lambda: operators.forward(*inputs),
+            "dispatch": lambda: torch.ops.fastna_host_floor.forward.default(*inputs),
         }
+        times = microseconds(stages, device, groups)
     return {
-        "arguments": times["whole"] - times["operator"],
-        "dispatch": times["dispatch"],
-        "autograd or not": times["operator"] - times["implementation"] - times["dispatch"],
-        "lookup": times["lookup"],
-        "allocation": times["allocation"],
+        "lookup": times["whole"] - times["bound"],
         "addresses": times["bound"] - times["allocation"] - times["launch"],
+        "allocation": times["allocation"],
         "launch": times["launch"],
         "whole": times["whole"],
-        "own": times["whole"] - sum(times[name] for name in FLOORS),
+        "beyond the launch": times["whole"] - times["launch"],
+        "own": times["whole"] - times["allocation"] - times["launch"],
+        "dispatched": times["dispatched"],
+        "dispatch": times["dispatch"],
     }
 
 
@@ -140,12 +140,14 @@ def gradient_stages(
     output = forward()
     incoming = torch.zeros_like(output)
     wanted = leaves if rpb is None else [*leaves, rpb]
-    return {
-        "forward, recorded": microseconds(forward, device, groups),
-        "backward": microseconds(
-            lambda: torch.autograd.grad(output, wanted, incoming, retain_graph=True), device, groups
-        ),
-    }
+    return microseconds(
+        {
+            "forward, recorded": forward,
+            "backward": lambda: torch.autograd.grad(output, wanted, incoming, retain_graph=True),
+        },
+        device,
+        groups,
+    )
 
 
 @contextlib.contextmanager

@@ -71,10 +71,11 @@ def new_gradients(problem: Problem) -> tuple[Callable[[], Tensor], Callable[[], 
     return query, key, value
 
 
-def forward(problem: Problem, launch: Callable[..., None], takes_additional: bool = False) -> BoundForward:
+def forward(problem: Problem, launch: Callable[..., None]) -> BoundForward:
     """A forward pass of one launch.
 
-    `launch` takes the addresses of query, key, value, additional keys and values if it takes any, output, lse and rpb.
+    `launch` takes the addresses of query, key, value, those of additional keys and values where the problem has any,
+    output, lse and rpb.
     """
     new_output, new_lse = new_results(problem)
 
@@ -88,10 +89,12 @@ def forward(problem: Problem, launch: Callable[..., None], takes_additional: boo
     ) -> tuple[Tensor, Tensor]:
         rpb = None if rpb is None else rpb.contiguous()
         output, lse = new_output(), new_lse()
-        more = (address(additional_keys), address(additional_values)) if takes_additional else ()
-        launch(
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), *more, output.data_ptr(), lse.data_ptr(), address(rpb)
-        )
+        results = output.data_ptr(), lse.data_ptr(), 0 if rpb is None else rpb.data_ptr()
+        if additional_keys is None or additional_values is None:
+            launch(query.data_ptr(), key.data_ptr(), value.data_ptr(), *results)
+        else:
+            more = additional_keys.data_ptr(), additional_values.data_ptr()
+            launch(query.data_ptr(), key.data_ptr(), value.data_ptr(), *more, *results)
         return output, lse
 
     return call

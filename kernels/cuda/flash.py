@@ -44,8 +44,7 @@ def why_not(problem: Problem) -> str | None:
 
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     """Of problems that `why_not` accepts. See kernels.backend.bind_forward."""
-    planned = flash_launch.forward_launch(*_layout(problem, operands))
-    return bound.forward(problem, planned.bind(problem.device), takes_additional=True)
+    return bound.forward(problem, flash_launch.forward_launch(*_layout(problem, operands)).bind(problem.device))
 
 
 def bind_backward(

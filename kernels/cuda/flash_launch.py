@@ -40,7 +40,8 @@ FLASH_FORWARD = Struct(
     rpb=POINTER,
     tiles=INT.array(MAX_RANK),
 )
-_set_forward = FLASH_FORWARD.pointers()
+_set_forward = FLASH_FORWARD.pointers("query.data", "key.data", "value.data", "output.data", "lse.data", "rpb")
+_set_forward_with_additional = FLASH_FORWARD.pointers()
 
 FLASH_QUERY_GRADIENT = Struct(
     "FlashQueryGradientArguments",
@@ -128,7 +129,8 @@ def forward_launch(problem: Problem, strides: tuple[Strides, ...], vector: int, 
         lse=_contiguous(problem, problem.heads, 1),
         tiles=tiles,
     )
-    return Launch(plan.source, _all_tiles(problem, tiles, problem.heads), plan.shared_bytes, packed, _set_forward)
+    pointers = _set_forward_with_additional if problem.additional else _set_forward
+    return Launch(plan.source, _all_tiles(problem, tiles, problem.heads), plan.shared_bytes, packed, pointers)
 
 
 @functools.lru_cache(maxsize=1024)
