@@ -12,41 +12,34 @@ from kernels.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Operands:
+class _PerOperand:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rpb: Tensor | None = None
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All six, in the order of the fields."""
+        return self.query, self.key, self.value, self.rpb, self.additional_keys, self.additional_values
+
+
+class Operands(_PerOperand):
     """The tensors of a call, shaped and typed as its `Problem` says, with any strides that keep the last dimension
     contiguous.
 
     Additional keys and values come together or not at all.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rpb: Tensor | None = None
-    additional_keys: Tensor | None = None
-    additional_values: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All six, in the order of the fields."""
-        return self.query, self.key, self.value, self.rpb, self.additional_keys, self.additional_values
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Gradients:
+class Gradients(_PerOperand):
     """Gradients of the operands, contiguous and in the operands' dtypes; None where there is none."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rpb: Tensor | None = None
-    additional_keys: Tensor | None = None
-    additional_values: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All six, in the order of the fields."""
-        return self.query, self.key, self.value, self.rpb, self.additional_keys, self.additional_values
+    __slots__ = ()
 
 
 class Backend(Protocol):

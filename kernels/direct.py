@@ -33,19 +33,20 @@ _TYPES = (Tensor, torch.nn.Parameter)
 Given = tuple[Any, ...]
 """Options as the caller gave them, before anything is made of them."""
 
-
 _in_function_mode = torch._C._is_torch_function_mode_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_profiling = torch._C._autograd._profiler_enabled
+_casts = torch._C._is_any_autocast_enabled
 
 
 def is_listened_to() -> bool:
-    """Whether something that no guard notices wants to see the operator, so that it must be dispatched."""
+    """Whether something wants to see the operator that no guard notices; or that is too common to find out by one."""
     return (
         torch.compiler.is_compiling()
         or _in_function_mode()
         or _dispatch_modes() > 0
         or _is_profiling()
+        or _casts()
         or forward_ad._current_level >= 0
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -42,16 +43,7 @@ class DryRuntime:
     def why_not(self, device: torch.device) -> str | None:
         return None
 
-    def encode_tensor_map(
-        self,
-        address: int,
-        dtype: torch.dtype,
-        sizes: Sequence[int],
-        strides: Sequence[int],
-        box: Sequence[int],
-        steps: Sequence[int],
-        swizzle: int,
-    ) -> bytes:
+    def encode_tensor_map(self, *described: Any, **more: Any) -> bytes:
         return bytes(tensor_map.BYTES)
 
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import operators
 from kernels.build_cache import build_once, digest
 from kernels.cuda import jit
+from kernels.cuda.dry import DryRuntime
 from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import Attributes, DeviceProperties
 from kernels.errors import CompilationError, KernelError, LaunchError, MissingComponentError, SharedMemoryError
@@ -172,8 +173,8 @@ class EmulatedKernel:
             raise EmulationError(f"{failure.decode()} (seed {self.runtime.seed}, launch {self.runtime.launches})")
 
 
-class EmulatorRuntime:
-    """A device of tests: see kernels.cuda.runtime.Runtime.
+class EmulatorRuntime(DryRuntime):
+    """A device of tests, where kernels run: see kernels.cuda.runtime.Runtime.
 
     `seed` decides when asynchronous copies land, and in what order warps, lanes and blocks run. With `watches_races`
     accesses to shared memory that nothing puts in order end the launch, whatever the order was: see race_check.h.
@@ -187,12 +188,12 @@ class EmulatorRuntime:
         multiprocessors: int = 4,
         watches_races: bool = False,
     ) -> None:
+        super().__init__(DeviceProperties(capability, multiprocessors, shared_memory))
         self.seed = seed
         self.shared_memory = shared_memory
         self.launches = 0
         self.watches_races = watches_races
         self.flags = WATCHED_FLAGS if watches_races else KERNEL_FLAGS
-        self._properties = DeviceProperties(capability, multiprocessors, shared_memory)
         self.kernels: dict[KernelSource, EmulatedKernel] = {}
         """Every kernel asked for so far."""
 
@@ -205,12 +206,6 @@ class EmulatorRuntime:
     def prepare(self, sources: Iterable[KernelSource], device: torch.device) -> None:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda source: _compile(render(source), source.name, self.flags), sources))
-
-    def properties(self, device: torch.device) -> DeviceProperties:
-        return self._properties
-
-    def why_not(self, device: torch.device) -> str | None:
-        return None
 
     def encode_tensor_map(
         self,
