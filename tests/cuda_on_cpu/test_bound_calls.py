@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kernels import calls, na2d
 from kernels.cuda import block, flash, strip
+from kernels.cuda.dry import DryKernel, DryRuntime
+from kernels.cuda.jit import KernelSource
 from kernels.cuda.runtime import use_runtime
 
 
@@ -102,6 +104,28 @@ def test_gradients_of_either_grad_mode_and_layout(emulator: EmulatorRuntime) -> 
         expected = torch.autograd.grad(exact, doubles, gradient.double(), retain_graph=True)
         for one, other in zip(found, expected, strict=True):
             assert (one.double() - other).norm() < 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("backend", ["naive", "gemm", "fused"])
+def test_no_kernel_is_asked_for_twice(backend: str) -> None:
+    """In either direction, with all options: what is asked for the first time is launched from then on."""
+    asked: list[KernelSource] = []
+
+    class Asked(DryRuntime):
+        def kernel(self, source: KernelSource, device: torch.device) -> DryKernel:
+            asked.append(source)
+            return super().kernel(source, device)
+
+    with use_runtime("cpu", Asked()):
+        for seed in range(2):
+            asked_before = len(asked)
+            leaves = [t.contiguous().requires_grad_() for t in projection(torch.float32, 7, 8, seed=seed)]
+            rpb = torch.randn(1, 13, 13, requires_grad=True)
+            extra = torch.randn(1, 3, 1, 32, requires_grad=True)
+            additional = {"additional_keys": extra, "additional_values": extra}
+            na2d(*leaves, 7, rpb=rpb, **additional, backend=backend).sum().backward()
+            assert all(leaf.grad is not None for leaf in (*leaves, rpb, extra))
+    assert asked_before == len(asked) > 2
 
 
 @pytest.mark.parametrize("backend", ["fused", "tiled"])
