@@ -32,7 +32,8 @@ class Field:
         self.cxx = cxx
         self.count = count
         self._code = code
-        self._packer = struct.Struct("<" + code * count)
+        self.format = code * count
+        self._packer = struct.Struct("<" + self.format)
         self.size: int = self._packer.size
         self.alignment: int = self.size // count
 
@@ -44,12 +45,13 @@ class Field:
 
 
 class Opaque(Field):
-    """A field of `size` bytes that somebody else filled in, given as bytes."""
+    """A field of `size` bytes that somebody else fills in, at every call: like a pointer, but given as bytes."""
 
     def __init__(self, cxx: str, size: int) -> None:
         self.cxx = cxx
         self.count = 1
-        self._packer = struct.Struct(f"<{size}s")
+        self.format = f"{size}s"
+        self._packer = struct.Struct("<" + self.format)
         self.size = self.alignment = size
 
 
@@ -91,7 +93,9 @@ class Struct:
         self.registered[name] = self
 
     def pack(self, **values: Any) -> bytes:
-        """The struct's bytes. Nested structs are given packed (an array of them: a sequence); pointers default to null.
+        """The struct's bytes. Nested structs are given packed (an array of them: a sequence).
+
+        Pointers and opaque fields, which calls write, are null by default.
 
         Raises KeyError for an unknown field, TypeError for one that is missing or has another size, OverflowError for a
         number that its type does not hold.
@@ -101,7 +105,7 @@ class Struct:
         buffer = bytearray(self.size)
         for name, (kind, count, offset) in self._fields.items():
             if name not in values:
-                if kind is not POINTER:
+                if not _is_written_by_calls(kind):
                     raise TypeError(f"{self.name}.{name} needs a value")
                 continue
             if isinstance(kind, Field):
@@ -117,38 +121,46 @@ class Struct:
         return bytes(buffer)
 
     def pointers(self, *names: str) -> Pointers:
-        """The named pointers, or all, in order of declaration: where calls write addresses.
+        """The named pointers and opaque fields, or all, in order of declaration: what calls write.
 
         A name may be dotted: `"query.data"`. Raises ValueError for names in another order.
         """
-        offsets = [self.offsets[name] for name in names or self._all_pointers()]
-        if offsets != sorted(offsets):
+        written = self._written_by_calls()
+        places = [(self.offsets[name], written[name]) for name in names or written]
+        if places != sorted(places, key=lambda place: place[0]):
             raise ValueError(f"{self.name} declares {names} in another order")
-        return Pointers(offsets, self.size)
+        return Pointers(places, self.size)
 
-    def _all_pointers(self) -> tuple[str, ...]:
-        names: list[str] = []
-        for name, (kind, _, _) in self._fields.items():
+    def _written_by_calls(self) -> dict[str, Field]:
+        found: dict[str, Field] = {}
+        for name, (kind, count, _) in self._fields.items():
             if isinstance(kind, Struct):
-                names += (f"{name}.{inner}" for inner in kind._all_pointers())
-            elif kind is POINTER:
-                names.append(name)
-        return tuple(names)
+                inner = kind._written_by_calls()
+                for prefix in [name] if count == 1 else [f"{name}[{index}]" for index in range(count)]:
+                    found |= {f"{prefix}.{inner_name}": field for inner_name, field in inner.items()}
+            elif _is_written_by_calls(kind):
+                found[name] = kind
+        return found
+
+
+def _is_written_by_calls(kind: Field | Struct) -> bool:
+    return kind is POINTER or isinstance(kind, Opaque)
 
 
 class Pointers:
-    """The places in a struct where calls write addresses.
+    """The places in a struct where calls write addresses (and bytes, where a field is opaque).
 
     `pointers(packed, *addresses)` are the bytes `packed` with addresses written over them. That is all that a call does
     to its arguments, so it is one packing, `pointers.pack(*values)`, of addresses and the stretches of bytes between
     them: `values` is `pointers.template(packed)` with addresses at its odd places.
     """
 
-    def __init__(self, offsets: Sequence[int], size: int) -> None:
-        self._starts = [0, *(offset + POINTER.size for offset in offsets)]
-        self._ends = [*offsets, size]
-        lengths = [end - start for start, end in zip(self._starts, self._ends, strict=True)]
-        self.pack = struct.Struct("<" + "Q".join(f"{length}s" for length in lengths)).pack
+    def __init__(self, places: Sequence[tuple[int, Field]], size: int) -> None:
+        self._starts = [0, *(offset + field.size for offset, field in places)]
+        self._ends = [*(offset for offset, _ in places), size]
+        lengths = [f"{end - start}s" for start, end in zip(self._starts, self._ends, strict=True)]
+        formats = [*(field.format for _, field in places), ""]
+        self.pack = struct.Struct("<" + "".join(map("".join, zip(lengths, formats, strict=True)))).pack
         self.template = functools.lru_cache(maxsize=4096)(self._template)
 
     def _template(self, packed: bytes) -> list[Any]:
@@ -156,7 +168,7 @@ class Pointers:
         values[::2] = [packed[start:end] for start, end in zip(self._starts, self._ends, strict=True)]
         return values
 
-    def __call__(self, packed: bytes, *addresses: int) -> bytes:
+    def __call__(self, packed: bytes, *addresses: int | bytes) -> bytes:
         values = self.template(packed).copy()
         values[1::2] = addresses
         return self.pack(*values)
@@ -208,6 +220,15 @@ def pack_tensor(strides: Sequence[int], rank: int) -> bytes:
     """
     batch, *space, head = strides[: rank + 2]
     return TENSOR.pack(batch=batch, axis=(0,) * (MAX_RANK - rank) + tuple(space), head=head)
+
+
+def pack_contiguous(problem: Problem, heads: int, channels: int) -> bytes:
+    """TensorArguments of a contiguous tensor `[batch, *space, heads, channels]`; lse has one channel."""
+    strides, step = [], channels
+    for size in (heads, *reversed(problem.space)):
+        strides.append(step)
+        step *= size
+    return pack_tensor((step, *reversed(strides)), problem.rank)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -34,7 +34,7 @@ class Launch:
         grid, shared_bytes = self.grid, self.shared_bytes
         pack, template = self.pointers.pack, self.pointers.template(self.packed)
 
-        def run(*addresses: int) -> None:
+        def run(*addresses: int | bytes) -> None:
             values = template.copy()
             values[1::2] = addresses
             start(grid, shared_bytes, pack(*values))

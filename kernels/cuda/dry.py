@@ -43,8 +43,8 @@ class DryRuntime:
     def why_not(self, device: torch.device) -> str | None:
         return None
 
-    def encode_tensor_map(self, *described: Any, **more: Any) -> bytes:
-        return bytes(tensor_map.BYTES)
+    def tensor_map_encoder(self, *described: Any, **more: Any) -> Callable[[int], bytes]:
+        return lambda address: bytes(tensor_map.BYTES)
 
 
 def sources_of(run: Callable[[], object], properties: DeviceProperties = HOPPER) -> list[KernelSource]:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from kernels.backend import Operands
-from kernels.cuda import arguments, hopper_tiles, runtime
-from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct
-from kernels.cuda.hopper_tiles import (
-    TENSOR_MAP,
-    Bias,
-    Tiles,
-    bias_of,
-    choose_tiles,
-    extras_config,
-    map_additional,
-    map_tensor,
-    room_beside,
-    why_no_tiles,
-)
-from kernels.cuda.jit import KernelSource, instantiate
+from kernels.backend import BoundForward, Operands
+from kernels.cuda import bound, hopper_tiles
+from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct, pack_contiguous
+from kernels.cuda.hopper_launch import TENSOR_MAP, bind, extras_config, launch_of, map_additional, map_box, source_of
+from kernels.cuda.hopper_tiles import Bias, Tiles, bias_of, tiles_of, why_no_tiles
+from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
 HOPPER_FORWARD = Struct(
@@ -41,7 +29,8 @@ HOPPER_FORWARD = Struct(
     tiles=INT.array(MAX_RANK),
     rpb=POINTER,
 )
-_set_pointers = HOPPER_FORWARD.pointers("output.data", "lse", "rpb")
+_set = HOPPER_FORWARD.pointers("query", "key", "value", "output.data", "lse", "rpb")
+_set_with_additional = HOPPER_FORWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
 STAGES = 2
@@ -82,74 +71,44 @@ def _source(
     tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None, additional: bool = False
 ) -> KernelSource:
     config = tiles.config(dtype, head_dim, inverse=False), tiles.registers, *extras_config(bias, additional)
-    return KernelSource(
-        "src/hopper_forward.cuh",
-        "hopper_forward",
-        instantiate("HopperForwardConfig", *config),
-        "HopperForwardArguments",
-        tiles.threads,
-        tiles.resident,
-    )
+    return source_of("hopper_forward", tiles, *config)
 
 
-def _shared_bytes(tiles: Tiles, head_dim: int, bias: Bias | None = None) -> int:
+def _shared_bytes(head_dim: int, tiles: Tiles) -> int:
     barriers = 8 * (1 + 4 * tiles.stages)
     boxes = 2 * tiles.stages * tiles.box_bytes(head_dim)
-    table = 0 if bias is None else bias.bytes(tiles.rows, tiles.columns)
-    return tiles.rows_bytes(head_dim) + boxes + barriers + tiles.windows_bytes + table
+    return tiles.rows_bytes(head_dim) + boxes + barriers + tiles.windows_bytes
 
 
 def _tiles(problem: Problem) -> Tiles | None:
-    axes, bias = arguments.padded_axes(problem), bias_of(problem)
-    shared_bytes = functools.partial(_shared_bytes, head_dim=problem.head_dim)
-    for groups, most, resident in shapes(problem.head_dim, problem.window_size):
-        room = room_beside(bias, problem, groups, STAGES, shared_bytes, resident)
-        tiles = choose_tiles(axes, groups, most, STAGES, resident, room=room)
-        if tiles is not None:
-            return tiles
-    return None
+    shared_bytes = functools.partial(_shared_bytes, problem.head_dim)
+    choices = (
+        tiles_of(problem, groups, most, STAGES, shared_bytes, resident)
+        for groups, most, resident in shapes(problem.head_dim, problem.window_size)
+    )
+    return next((tiles for tiles in choices if tiles is not None), None)
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, output_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
-    axes = arguments.padded_axes(problem)
-    tiles = _tiles(problem)
+def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
+    """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
+    tiles, bias = _tiles(problem), bias_of(problem)
     assert tiles is not None, "why_not accepts the problem"
-    counts = tiles.counts(axes)
-    grid = math.prod(counts) * math.prod(problem.dilation) * problem.heads * problem.batch
-    packed = HOPPER_FORWARD.pack(
-        query=b"",
-        key=b"",
-        value=b"",
-        additional_keys=b"",
-        additional_values=b"",
-        output=arguments.pack_tensor(output_strides, problem.rank),
-        geometry=arguments.pack_geometry(problem),
-        tiles=counts,
+    launch = launch_of(
+        problem,
+        HOPPER_FORWARD,
+        _set_with_additional if problem.additional else _set,
+        _source(tiles, problem.dtype, problem.head_dim, bias, problem.additional > 0),
+        tiles,
+        problem.heads,
+        _shared_bytes(problem.head_dim, tiles),
+        bias,
+        output=pack_contiguous(problem, problem.heads, problem.value_dim),
     )
-    bias = bias_of(problem)
-    source = _source(tiles, problem.dtype, problem.head_dim, bias, problem.additional > 0)
-    return source, grid, _shared_bytes(tiles, problem.head_dim, bias), packed, tiles
-
-
-def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem and operands that `why_not` and `why_not_operands` accept."""
-    query = operands.query
-    shape = query.shape[:-1]
-    output = query.new_empty((*shape, problem.value_dim))
-    lse = query.new_empty(shape, dtype=torch.float32)
-    source, grid, shared_bytes, packed, tiles = _plan(problem, output.stride())
-    maps = b"".join(
-        map_tensor(tensor, box, problem.dilation)
-        for tensor, box in ((query, tiles.rows), (operands.key, tiles.columns), (operands.value, tiles.columns))
-    )
-    maps += map_additional(operands.additional_keys, tiles) + map_additional(operands.additional_values, tiles)
-    packed = maps + packed[len(maps) :]
-    kernel = runtime.kernel(source, problem.device)
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    addresses = output.data_ptr(), lse.data_ptr(), 0 if rpb is None else rpb.data_ptr()
-    kernel.launch(grid, shared_bytes, _set_pointers(packed, *addresses))
-    return output, lse
+    boxes = ((operands.query, tiles.rows), (operands.key, tiles.columns), (operands.value, tiles.columns))
+    maps = [map_box(problem, tensor, box) for tensor, box in boxes]
+    if problem.additional:
+        maps += [map_additional(problem, t, tiles) for t in (operands.additional_keys, operands.additional_values)]
+    return bound.forward(problem, bind(launch, problem, maps))
 
 
 def representative_sources() -> Iterable[KernelSource]:

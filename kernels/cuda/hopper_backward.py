@@ -10,42 +10,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Gradients, Operands
-from kernels.cuda import arguments, flash, hopper_tiles, runtime
-from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct, aligned
-from kernels.cuda.hopper_tiles import (
+from kernels.backend import BoundBackward, Gradients, Operands
+from kernels.cuda import bound, flash, hopper_statistics, hopper_tiles
+from kernels.cuda.arguments import GEOMETRY, INT, MAX_RANK, POINTER, TENSOR, Struct, address, pack_contiguous
+from kernels.cuda.hopper_launch import (
     TENSOR_MAP,
-    Bias,
-    Tiles,
-    bias_of,
-    choose_tiles,
+    bind,
     extras_config,
+    launch_of,
     map_additional,
-    map_tensor,
-    room_beside,
-    why_no_tiles,
+    map_box,
+    no_map,
+    source_of,
 )
-from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.hopper_tiles import Bias, Tiles, bias_of, tiles_of, why_no_tiles
+from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
-HOPPER_STATISTICS = Struct(
-    "HopperStatisticsArguments",
-    header="src/hopper_statistics.cuh",
-    geometry=GEOMETRY,
-    output=TENSOR,
-    grad_output=TENSOR,
-    lse=POINTER,
-    grad_lse=POINTER,
-    statistics=POINTER,
-    blocks=INT,
-)
-_set_statistics = HOPPER_STATISTICS.pointers("output.data", "grad_output.data", "lse", "grad_lse", "statistics")
 HOPPER_GRADIENT = Struct(
     "HopperGradientArguments",
     header="src/hopper_gradient.cuh",
@@ -63,13 +51,11 @@ HOPPER_GRADIENT = Struct(
     tiles=INT.array(MAX_RANK),
     rpb=POINTER,
 )
-_set_gradient = HOPPER_GRADIENT.pointers("row_statistics", "grad_first.data", "grad_second.data", "rpb")
+_set_gradient = HOPPER_GRADIENT.pointers()
 
 ARCHITECTURES = ("sm_90a",)
 STAGES = 3
 MOST_SUMMED_TOGETHER = 128  # head_dim up to which registers hold the gradients of 64 keys and of their values
-STATISTICS = 4  # floats per query
-_STATISTICS_THREADS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,33 +118,16 @@ def _source(
 ) -> KernelSource:
     config = [tiles.config(dtype, head_dim, inverse=part.keys), tiles.registers, shape_of(head_dim, part).queued]
     config += [part.first, part.second, *extras_config(bias, additional)]
-    return KernelSource(
-        "src/hopper_gradient.cuh",
-        "hopper_gradient",
-        instantiate("HopperGradientConfig", *config),
-        "HopperGradientArguments",
-        tiles.threads,
-        tiles.resident,
-    )
+    return source_of("hopper_gradient", tiles, *config)
 
 
-def _statistics_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
-    return KernelSource(
-        "src/hopper_statistics.cuh",
-        "hopper_statistics",
-        instantiate("HopperStatisticsConfig", dtype, head_dim, _STATISTICS_THREADS),
-        "HopperStatisticsArguments",
-        _STATISTICS_THREADS,
-    )
-
-
-def _shared_bytes(tiles: Tiles, head_dim: int, part: Part, bias: Bias | None = None) -> int:
+def _shared_bytes(head_dim: int, part: Part, tiles: Tiles) -> int:
     second_stages = tiles.stages if part.second else min(tiles.stages, 2)
     stages = tiles.stages + second_stages
     rows = tiles.rows_bytes(head_dim) + (tiles.rows_bytes(head_dim) if part.first else 1024)
-    statistics = 4 * STATISTICS * (second_stages * math.prod(tiles.columns) if part.keys else 1)
+    statistics = 4 * hopper_statistics.CHANNELS * (second_stages * math.prod(tiles.columns) if part.keys else 1)
     used = rows + stages * tiles.box_bytes(head_dim) + statistics + 8 * (1 + 2 * stages) + tiles.windows_bytes
-    return -(-used // 16) * 16 + (0 if bias is None else bias.bytes(tiles.rows, tiles.columns))
+    return -(-used // 16) * 16
 
 
 def parts(problem: Problem) -> tuple[Part, ...]:
@@ -167,97 +136,40 @@ def parts(problem: Problem) -> tuple[Part, ...]:
 
 
 def _tiles(problem: Problem, part: Part) -> Tiles | None:
-    shape, bias = shape_of(problem.head_dim, part), bias_of(problem, part.keys)
-    axes, shared_bytes = (
-        arguments.padded_axes(problem),
-        functools.partial(_shared_bytes, head_dim=problem.head_dim, part=part),
-    )
-    room = room_beside(bias, problem, shape.groups, STAGES, shared_bytes)
-    return choose_tiles(axes, shape.groups, shape.columns, STAGES, inverse=part.keys, room=room)
+    shape = shape_of(problem.head_dim, part)
+    shared_bytes = functools.partial(_shared_bytes, problem.head_dim, part)
+    return tiles_of(problem, shape.groups, shape.columns, STAGES, shared_bytes, inverse=part.keys)
 
 
-@functools.lru_cache(maxsize=1024)
-def _statistics_plan(
-    problem: Problem, output: tuple[int, ...], grad_output: tuple[int, ...]
-) -> tuple[KernelSource, int, bytes]:
-    lanes = next(lanes for lanes in (2, 4, 8, 16, 32) if 8 * lanes >= problem.head_dim)
-    blocks = -(-problem.tokens * problem.heads * lanes // _STATISTICS_THREADS)
-    packed = HOPPER_STATISTICS.pack(
-        geometry=arguments.pack_geometry(problem),
-        output=arguments.pack_tensor(output, problem.rank),
-        grad_output=arguments.pack_tensor(grad_output, problem.rank),
-        blocks=blocks,
-    )
-    return _statistics_source(problem.dtype, problem.head_dim), problem.batch * blocks, packed
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, part: Part, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
-    axes = arguments.padded_axes(problem)
-    tiles = _tiles(problem, part)
+def _bind(problem: Problem, part: Part, operands: Operands, grad_output: Tensor) -> Callable[..., None]:
+    """A function of the addresses of the tensors that HopperGradientArguments has, in its order."""
+    tiles, bias = _tiles(problem, part), bias_of(problem, part.keys)
     assert tiles is not None, "why_not accepts the problem"
-    counts = tiles.counts(axes)
-    grad = arguments.pack_tensor(grad_strides, problem.rank)
-    packed = HOPPER_GRADIENT.pack(
-        first_rows=b"",
-        second_rows=b"",
-        first_columns=b"",
-        second_columns=b"",
-        additional_keys=b"",
-        additional_values=b"",
-        column_statistics=b"",
+    heads = problem.key_heads if part.keys else problem.heads
+    additional = (None, None) if part.keys else (operands.additional_keys, operands.additional_values)
+    grad = pack_contiguous(problem, heads, problem.head_dim)
+    launch = launch_of(
+        problem,
+        HOPPER_GRADIENT,
+        _set_gradient,
+        _source(tiles, problem.dtype, problem.head_dim, part, bias, additional[0] is not None),
+        tiles,
+        heads,
+        _shared_bytes(problem.head_dim, part, tiles),
+        bias,
         grad_first=grad,
         grad_second=grad,
-        geometry=arguments.pack_geometry(problem),
-        tiles=counts,
     )
-    heads = problem.key_heads if part.keys else problem.heads
-    grid = math.prod(counts) * math.prod(problem.dilation) * heads * problem.batch
-    specifics = problem.head_dim, part, bias_of(problem, part.keys)
-    source = _source(tiles, problem.dtype, *specifics, additional=problem.additional > 0 and not part.keys)
-    return source, grid, _shared_bytes(tiles, *specifics), packed, tiles
+    of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
+    rows, columns = (of_keys, of_queries) if part.keys else (of_queries, of_keys)
+    maps = [map_box(problem, tensor, tiles.rows) for tensor in rows]
+    maps += [map_box(problem, tensor, tiles.columns) for tensor in columns]
+    maps += [map_additional(problem, tensor, tiles) for tensor in additional]
+    maps.append(map_box(problem, hopper_statistics.like(problem), tiles.columns) if part.keys else no_map)
+    return bind(launch, problem, maps)
 
 
-def _launch(
-    problem: Problem,
-    part: Part,
-    rows: tuple[Tensor, Tensor],
-    columns: tuple[Tensor, Tensor],
-    additional: tuple[Tensor | None, Tensor | None],
-    statistics: Tensor,
-    rpb: Tensor | None,
-    grads: tuple[Tensor, Tensor | None],
-) -> None:
-    """Writes the gradients of `rows` that the part is about; `columns` is what its rows see, or what sees them.
-
-    `additional` keys and values are seen besides, where rows are queries.
-    """
-    first, second = grads
-    source, grid, shared_bytes, packed, tiles = _plan(problem, part, first.stride())
-    tensors = ((rows[0], tiles.rows), (rows[1], tiles.rows), (columns[0], tiles.columns), (columns[1], tiles.columns))
-    maps = b"".join(map_tensor(tensor, box, problem.dilation) for tensor, box in tensors)
-    maps += b"".join(map_additional(None if part.keys else tensor, tiles) for tensor in additional)
-    if part.keys:
-        maps += map_tensor(statistics, tiles.columns, problem.dilation)
-    packed = maps + packed[len(maps) :]
-    addresses = (0 if t is None else t.data_ptr() for t in (statistics, first, second, rpb))
-    runtime.kernel(source, problem.device).launch(grid, shared_bytes, _set_gradient(packed, *addresses))
-
-
-def statistics_of(
-    problem: Problem, output: Tensor, lse: Tensor, grad_output: Tensor, grad_lse: Tensor | None
-) -> Tensor:
-    """`[batch, *space, heads, 4]` float32: lse times log2(e), delta, and two zeros."""
-    output, lse = aligned(output.contiguous()), lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    statistics = lse.new_empty((*lse.shape, STATISTICS), dtype=torch.float32)
-    source, grid, packed = _statistics_plan(problem, output.stride(), grad_output.stride())
-    addresses = [0 if t is None else t.data_ptr() for t in (output, grad_output, lse, grad_lse, statistics)]
-    runtime.kernel(source, problem.device).launch(grid, 0, _set_statistics(packed, *addresses))
-    return statistics
-
-
-def backward(
+def bind_backward(
     problem: Problem,
     operands: Operands,
     output: Tensor,
@@ -265,32 +177,57 @@ def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
-) -> Gradients:
-    """Gradients of the operands of a problem and tensors that `why_not` and `why_not_gradient` accept."""
-    statistics = statistics_of(problem, output, lse, grad_output, grad_lse)
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    of_queries, of_keys = (operands.query, grad_output), (operands.key, operands.value)
-    additional = operands.additional_keys, operands.additional_values
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (operands.query, operands.key, operands.value))
-    lse, delta, grad_rpb = lse.contiguous(), statistics[..., 1], None
+) -> BoundBackward:
+    """Of problems and tensors that `why_not` and `why_not_gradient` accept. See kernels.backend.bind_backward."""
+    find_statistics = hopper_statistics.bind(problem, grad_output)
+    query_gradient = _bind_query_gradient(problem, operands, grad_output, needs_rpb_grad)
+    key_gradients = [_bind(problem, part, operands, grad_output) for part in parts(problem)[1:]]
+    additional_gradients = None
+    if problem.additional:
+        additional_gradients = flash.bind_additional_gradients(problem, operands, grad_output)
+    _, new_key_gradient, new_value_gradient = bound.new_gradients(problem)
+
+    def call(*tensors: Any) -> Gradients:
+        query, key, value, rpb, additional_keys, additional_values, output, lse, grad_output, grad_lse = tensors
+        rpb, lse = None if rpb is None else rpb.contiguous(), lse.contiguous()
+        statistics = find_statistics(output, lse, grad_output, grad_lse)
+        grad_query, grad_rpb = query_gradient(statistics, *tensors)
+        of_keys = new_key_gradient(), new_value_gradient()
+        for launch in key_gradients:
+            launch(*map(address, (key, value, query, grad_output, None, None, statistics, None, *of_keys, rpb)))
+        if additional_gradients is None:
+            return Gradients(grad_query, *of_keys, grad_rpb)
+        delta = statistics[..., 1].contiguous()
+        of_additional = additional_gradients(query, additional_keys, additional_values, lse, delta, grad_output)
+        return Gradients(grad_query, *of_keys, grad_rpb, *of_additional)
+
+    return call
+
+
+def _bind_query_gradient(
+    problem: Problem, operands: Operands, grad_output: Tensor, needs_rpb_grad: bool
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Of the statistics and what a bound backward pass is given: gradients of query and, where wanted, of the bias."""
     if needs_rpb_grad:
-        query_gradient = flash.bind_query_gradient(problem, operands, grad_output, needs_rpb_grad)
-        grad_query, grad_rpb, delta = query_gradient(*operands.tensors, output, lse, grad_output, grad_lse)
-    else:
-        _launch(problem, QUERY, of_queries, of_keys, additional, statistics, rpb, (grad_query, None))
-    for part in parts(problem)[1:]:
-        _launch(problem, part, of_keys, of_queries, additional, statistics, rpb, (grad_key, grad_value))
-    if not problem.additional:
-        return Gradients(grad_query, grad_key, grad_value, grad_rpb)
-    additional_gradients = flash.bind_additional_gradients(problem, operands, grad_output)
-    of_additional = additional_gradients(operands.query, *additional, lse, delta.contiguous(), grad_output)
-    return Gradients(grad_query, grad_key, grad_value, grad_rpb, *of_additional)
+        with_rpb = flash.bind_query_gradient(problem, operands, grad_output, needs_rpb_grad)
+        return lambda statistics, *tensors: with_rpb(*tensors)[:2]
+    launch = _bind(problem, QUERY, operands, grad_output)
+    new_gradient, _, _ = bound.new_gradients(problem)
+
+    def call(statistics: Tensor, *tensors: Any) -> tuple[Tensor, None]:
+        query, key, value, rpb, additional_keys, additional_values, _, _, grad_output, _ = tensors
+        rpb = None if rpb is None else rpb.contiguous()
+        grad_query = new_gradient()
+        columns = key, value, additional_keys, additional_values
+        launch(*map(address, (query, grad_output, *columns, None, statistics, grad_query, None, rpb)))
+        return grad_query, None
+
+    return call
 
 
 def representative_sources() -> Iterable[KernelSource]:
     """One configuration per rank and class of head_dim, for the compile check; sm_90a only."""
     for dtype in (torch.float16, torch.bfloat16):
-        yield _statistics_source(dtype, 128)
         for head_dim in (32, 64, 96, 128, 192, 256):
             for part in (QUERY, KEY_AND_VALUE) if head_dim <= MOST_SUMMED_TOGETHER else (QUERY, KEY, VALUE):
                 shape = shape_of(head_dim, part)

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.backend import Gradients, Operands
-from kernels.cuda import arguments, hopper_backward, hopper_tiles, runtime
-from kernels.cuda.arguments import GEOMETRY, INT, INT64, MAX_RANK, POINTER, TENSOR, Struct
-from kernels.cuda.hopper_tiles import (
-    TENSOR_MAP,
-    Bias,
-    Tiles,
-    bias_of,
-    choose_tiles,
-    extras_config,
-    map_tensor,
-    room_beside,
+from kernels.backend import BoundBackward, Gradients, Operands
+from kernels.cuda import bound, hopper_backward, hopper_statistics, hopper_tiles
+from kernels.cuda.arguments import (
+    GEOMETRY,
+    INT,
+    INT64,
+    MAX_RANK,
+    POINTER,
+    TENSOR,
+    Struct,
+    address,
+    pack_contiguous,
+    pack_geometry,
 )
+from kernels.cuda.bound import Launch
+from kernels.cuda.hopper_launch import TENSOR_MAP, bind, extras_config, launch_of, map_box, source_of
+from kernels.cuda.hopper_tiles import Bias, Tiles, bias_of, tiles_of
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.problem import Problem
 
@@ -45,7 +50,6 @@ HOPPER_JOINT = Struct(
     tiles=INT.array(MAX_RANK),
     rpb=POINTER,
 )
-_set_joint = HOPPER_JOINT.pointers("grad_key.data", "grad_value.data", "sums", "rpb")
 HOPPER_SUMS = Struct(
     "HopperSumsArguments",
     header="src/hopper_sums.cuh",
@@ -54,7 +58,7 @@ HOPPER_SUMS = Struct(
     grad_query=POINTER,
     chunks=INT64,
 )
-_set_sums = HOPPER_SUMS.pointers("sums", "grad_query")
+_set_joint, _set_sums = HOPPER_JOINT.pointers(), HOPPER_SUMS.pointers()
 
 ARCHITECTURES = ("sm_90a",)
 COLUMNS = {32: 128, 64: 128, 128: 64}
@@ -80,23 +84,14 @@ why_not_gradient = hopper_backward.why_not_gradient
 
 
 def _tiles(problem: Problem) -> Tiles | None:
-    axes, bias = arguments.padded_axes(problem), bias_of(problem, keys=True)
-    columns = COLUMNS[problem.head_dim]
-    shared_bytes = functools.partial(_shared_bytes, head_dim=problem.head_dim)
-    room = room_beside(bias, problem, 2, STAGES, shared_bytes)
-    return choose_tiles(axes, 2, columns, STAGES, inverse=True, room=room, exact=True)
+    shared_bytes = functools.partial(_shared_bytes, problem.head_dim)
+    return tiles_of(problem, 2, COLUMNS[problem.head_dim], STAGES, shared_bytes, inverse=True, exact=True)
 
 
 def _source(tiles: Tiles, dtype: torch.dtype, head_dim: int, bias: Bias | None = None) -> KernelSource:
     registers = (tiles.registers * tiles.groups + 24 - _PRODUCER_REGISTERS) // tiles.groups // 8 * 8
     config = [tiles.config(dtype, head_dim, inverse=True), _PRODUCER_REGISTERS, registers, *extras_config(bias)]
-    return KernelSource(
-        "src/hopper_joint.cuh",
-        "hopper_joint",
-        instantiate("HopperJointConfig", *config),
-        "HopperJointArguments",
-        tiles.threads,
-    )
+    return source_of("hopper_joint", tiles, *config)
 
 
 def _sums_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
@@ -104,47 +99,48 @@ def _sums_source(dtype: torch.dtype, head_dim: int) -> KernelSource:
     return KernelSource("src/hopper_sums.cuh", "hopper_sums", config, "HopperSumsArguments", _SUMS_THREADS)
 
 
-def _shared_bytes(tiles: Tiles, head_dim: int, bias: Bias | None = None) -> int:
+def _shared_bytes(head_dim: int, tiles: Tiles) -> int:
     columns = math.prod(tiles.columns)
     boxes = 2 * tiles.stages * tiles.box_bytes(head_dim)
     slopes = 2 * tiles.groups * hopper_tiles.ROWS * columns * 2
     sums, statistics = 4 * columns * head_dim, 16 * tiles.stages * columns
     barriers = 8 * (3 + 4 * tiles.stages)
     used = 2 * tiles.rows_bytes(head_dim) + boxes + slopes + sums + statistics + barriers + tiles.windows_bytes
-    return -(-used // 16) * 16 + (0 if bias is None else bias.bytes(tiles.rows, tiles.columns))
+    return -(-used // 16) * 16
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, grad_strides: tuple[int, ...]) -> tuple[KernelSource, int, int, bytes, Tiles]:
-    axes = arguments.padded_axes(problem)
-    tiles = _tiles(problem)
+def _bind_joint(problem: Problem, operands: Operands, grad_output: Tensor) -> Callable[..., None]:
+    """A function of the addresses of the tensors that HopperJointArguments has, in its order."""
+    tiles, bias = _tiles(problem), bias_of(problem, keys=True)
     assert tiles is not None, "why_not accepts the problem"
-    counts = tiles.counts(axes)
-    grad = arguments.pack_tensor(grad_strides, problem.rank)
-    packed = HOPPER_JOINT.pack(
-        key=b"",
-        value=b"",
-        query=b"",
-        grad_output=b"",
-        statistics=b"",
+    grad = pack_contiguous(problem, problem.key_heads, problem.head_dim)
+    launch = launch_of(
+        problem,
+        HOPPER_JOINT,
+        _set_joint,
+        _source(tiles, problem.dtype, problem.head_dim, bias),
+        tiles,
+        problem.key_heads,
+        _shared_bytes(problem.head_dim, tiles),
+        bias,
         grad_key=grad,
         grad_value=grad,
-        geometry=arguments.pack_geometry(problem),
-        tiles=counts,
     )
-    grid = math.prod(counts) * math.prod(problem.dilation) * problem.key_heads * problem.batch
-    specifics = problem.head_dim, bias_of(problem, keys=True)
-    return _source(tiles, problem.dtype, *specifics), grid, _shared_bytes(tiles, *specifics), packed, tiles
+    columns = operands.query, grad_output, hopper_statistics.like(problem)
+    maps = [map_box(problem, tensor, tiles.rows) for tensor in (operands.key, operands.value)]
+    maps += [map_box(problem, tensor, tiles.columns) for tensor in columns]
+    return bind(launch, problem, maps)
 
 
-@functools.lru_cache(maxsize=1024)
-def _sums_plan(problem: Problem) -> tuple[KernelSource, int, bytes]:
+def _bind_sums(problem: Problem) -> Callable[..., None]:
+    """A function of the addresses of the sums and of the queries' gradient."""
     chunks = problem.batch * problem.tokens * problem.heads * problem.head_dim // 8
-    packed = HOPPER_SUMS.pack(geometry=arguments.pack_geometry(problem), chunks=chunks)
-    return _sums_source(problem.dtype, problem.head_dim), -(-chunks // _SUMS_THREADS), packed
+    packed = HOPPER_SUMS.pack(geometry=pack_geometry(problem), chunks=chunks)
+    source = _sums_source(problem.dtype, problem.head_dim)
+    return Launch(source, -(-chunks // _SUMS_THREADS), 0, packed, _set_sums).bind(problem.device)
 
 
-def backward(
+def bind_backward(
     problem: Problem,
     operands: Operands,
     output: Tensor,
@@ -152,28 +148,27 @@ def backward(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     needs_rpb_grad: bool,
-) -> Gradients:
-    """Gradients of the operands of a problem and tensors that `why_not` and `why_not_gradient` accept."""
+) -> BoundBackward:
+    """Of problems and tensors that `why_not` and `why_not_gradient` accept. See kernels.backend.bind_backward."""
     if needs_rpb_grad:
-        return hopper_backward.backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
-    query, key, value = operands.query, operands.key, operands.value
-    rpb = None if operands.rpb is None else operands.rpb.contiguous()
-    statistics = hopper_backward.statistics_of(problem, output, lse, grad_output, grad_lse)
-    grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
+        return hopper_backward.bind_backward(problem, operands, output, lse, grad_output, grad_lse, needs_rpb_grad)
+    find_statistics = hopper_statistics.bind(problem, grad_output)
+    compute, finish = _bind_joint(problem, operands, grad_output), _bind_sums(problem)
+    new_gradients = bound.new_gradients(problem)
     padded_tokens = math.prod(axis.dilation * axis.group_length(0) for axis in problem.axes)
-    sums = query.new_zeros((problem.batch * problem.heads, padded_tokens, problem.head_dim), dtype=torch.float32)
+    sums_shape = problem.batch * problem.heads, padded_tokens, problem.head_dim
 
-    source, grid, shared_bytes, packed, tiles = _plan(problem, grad_key.stride())
-    boxes = ((key, tiles.rows), (value, tiles.rows), *((t, tiles.columns) for t in (query, grad_output, statistics)))
-    maps = b"".join(map_tensor(tensor, box, problem.dilation) for tensor, box in boxes)
-    addresses = map(arguments.address, (grad_key, grad_value, sums, rpb))
-    packed = _set_joint(maps + packed[len(maps) :], *addresses)
-    runtime.kernel(source, problem.device).launch(grid, shared_bytes, packed)
+    def call(*tensors: Any) -> Gradients:
+        query, key, value, rpb, _, _, output, lse, grad_output, grad_lse = tensors
+        rpb = None if rpb is None else rpb.contiguous()
+        statistics = find_statistics(output, lse, grad_output, grad_lse)
+        grad_query, *of_keys = (new_gradient() for new_gradient in new_gradients)
+        sums = query.new_zeros(sums_shape, dtype=torch.float32)
+        compute(*map(address, (key, value, query, grad_output, statistics, *of_keys, sums, rpb)))
+        finish(address(sums), address(grad_query))
+        return Gradients(grad_query, *of_keys)
 
-    source, grid, packed = _sums_plan(problem)
-    packed = _set_sums(packed, sums.data_ptr(), grad_query.data_ptr())
-    runtime.kernel(source, problem.device).launch(grid, 0, packed)
-    return Gradients(grad_query, grad_key, grad_value, None)
+    return call
 
 
 def representative_sources() -> Iterable[KernelSource]:

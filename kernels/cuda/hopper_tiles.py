@@ -1,4 +1,4 @@
-"""What the Hopper kernels share on the host: which problems they take, tile boxes, tensor maps.
+"""What the Hopper kernels share on the host: which problems they take, and tile boxes.
 
 Rows stay in a block (queries; keys for their own gradients), columns stream past them in boxes. Boxes are chosen per
 problem by the one thing that decides here: how many (row, column) pairs they multiply in all.
@@ -17,12 +17,9 @@ from torch import Tensor
 
 from kernels.backend import Operands
 from kernels.cuda import runtime, tensor_map
-from kernels.cuda.arguments import MAX_RANK, Opaque, padded_axes
+from kernels.cuda.arguments import padded_axes
 from kernels.cuda.jit import instantiate
 from kernels.problem import Axis, Problem
-
-TENSOR_MAP = Opaque("TensorMap", tensor_map.BYTES)
-NO_MAP = bytes(tensor_map.BYTES)
 
 ROWS = 64  # of one warpgroup
 RESERVED = 1024  # bytes of shared memory that the system takes per block
@@ -136,12 +133,6 @@ def bias_of(problem: Problem, keys: bool = False) -> Bias | None:
     return Bias(problem.rpb_dtype, (first, second, third), problem.heads // problem.key_heads if keys else 1)
 
 
-def extras_config(bias: Bias | None, additional: bool = False) -> list[object]:
-    """The last template arguments of a kernel that may have a bias and additional keys: no more than it needs."""
-    config: list[object] = [] if bias is None and not additional else ["NoBias" if bias is None else bias.config]
-    return [*config, True] if additional else config
-
-
 @dataclass(frozen=True, slots=True)
 class Room:
     """Shared memory that boxes of columns and a bias share: bytes in all, and bytes per column of a box."""
@@ -154,20 +145,31 @@ class Room:
         return self.bias.bytes(rows, columns) + self.per_column * math.prod(columns) <= self.shared
 
 
-def room_beside(
-    bias: Bias | None,
-    problem: Problem,
-    groups: int,
-    stages: int,
-    shared_bytes: Callable[[Tiles], int],
-    resident: int = 1,
-) -> Room | None:
-    """In a block of `groups` warpgroups, `resident` to an SM; `shared_bytes`: what a kernel wants without a bias."""
-    if bias is None:
-        return None
+def _room_beside(
+    bias: Bias, problem: Problem, groups: int, stages: int, resident: int, shared_bytes: Callable[[Tiles], int]
+) -> Room:
     none, sixteen = (shared_bytes(Tiles((1, 1, ROWS), (1, 1, groups), (1, 1, size), stages)) for size in (0, 16))
     limit = (runtime.properties(problem.device).shared_memory + RESERVED) // resident - RESERVED
     return Room(bias, limit - none, (sixteen - none) // 16)
+
+
+def tiles_of(
+    problem: Problem,
+    groups: int,
+    most: int,
+    stages: int,
+    shared_bytes: Callable[[Tiles], int],
+    resident: int = 1,
+    inverse: bool = False,
+    exact: bool = False,
+) -> Tiles | None:
+    """What `choose_tiles` says of a problem and its bias.
+
+    `shared_bytes`: what a block of the kernel wants without a bias, for boxes of any size.
+    """
+    bias = bias_of(problem, inverse)
+    room = None if bias is None else _room_beside(bias, problem, groups, stages, resident, shared_bytes)
+    return choose_tiles(padded_axes(problem), groups, most, stages, resident, inverse, room, exact)
 
 
 def why_no_tiles(problem: Problem) -> str:
@@ -278,37 +280,3 @@ def choose_tiles(
 def _one_copy(axes: tuple[Axis, ...], box: tuple[int, int, int]) -> bool:
     """Whether one copy brings a box, whose tokens lie `dilation` apart."""
     return all((side - 1) * axis.dilation < tensor_map.MAX_BOX for side, axis in zip(box, axes, strict=True))
-
-
-def map_tensor(tensor: Tensor, box: tuple[int, int, int], dilation: tuple[int, ...]) -> bytes:
-    """The map of `[batch, *space, heads, channels]` for copies of a box of tokens and a slice of a head's channels."""
-    return _map(
-        tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), box, tuple(dilation)
-    )
-
-
-def map_additional(tensor: Tensor | None, tiles: Tiles) -> bytes:
-    """The map of additional keys or values, whose box is a row of as many tokens as one of columns has; or no map."""
-    return NO_MAP if tensor is None else map_tensor(tensor, (1, 1, math.prod(tiles.columns)), (1,))
-
-
-@functools.lru_cache(maxsize=4096)
-def _map(
-    device: torch.device,
-    address: int,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, int, int],
-    dilation: tuple[int, ...],
-) -> bytes:
-    rank = len(shape) - 3
-    channels = shape[-1]
-    row = next(size for size in (128, 64, 32, 16) if channels * dtype.itemsize % size == 0)
-    padding = MAX_RANK - rank
-    batch_stride = strides[0] if shape[0] > 1 else max(strides[0], 8)
-    sizes = [(shape[-2] - 1) * strides[-2] + channels, *reversed(shape[1:-2]), *(1,) * padding, shape[0]]
-    steps = [1, *reversed(dilation), *(1,) * padding, 1]
-    outer = [*reversed(strides[1:-2]), *(batch_stride,) * padding, batch_stride]
-    slice_box = (row // dtype.itemsize, *reversed(box), 1)
-    return runtime.encode_tensor_map(device, address, dtype, sizes, outer, slice_box, steps, row if row > 16 else 0)

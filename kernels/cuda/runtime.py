@@ -71,17 +71,16 @@ class Runtime(Protocol):
     def prepare(self, sources: Iterable[KernelSource], device: torch.device) -> None: ...
     def properties(self, device: torch.device) -> DeviceProperties: ...
     def why_not(self, device: torch.device) -> str | None: ...
-    def encode_tensor_map(
+    def tensor_map_encoder(
         self,
-        address: int,
         dtype: torch.dtype,
         sizes: Sequence[int],
         strides: Sequence[int],
         box: Sequence[int],
         steps: Sequence[int],
         swizzle: int,
-    ) -> bytes:
-        """The 128 bytes of a tensor map: see kernels.cuda.tensor_map.encode."""
+    ) -> Callable[[int], bytes]:
+        """What makes tensor maps of addresses: see kernels.cuda.tensor_map.encoder."""
 
 
 class CudaKernel:
@@ -195,7 +194,7 @@ class CudaRuntime:
         """None while a CUDA graph is captured."""
         return None if torch.cuda.is_current_stream_capturing() else functools.partial(_seconds, device)
 
-    encode_tensor_map = staticmethod(tensor_map.encode)
+    tensor_map_encoder = staticmethod(tensor_map.encoder)
 
 
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]
@@ -297,18 +296,17 @@ def timer(device: torch.device) -> Timer | None:
     return None if find is None else find(device)
 
 
-def encode_tensor_map(
+def tensor_map_encoder(
     device: torch.device,
-    address: int,
     dtype: torch.dtype,
     sizes: Sequence[int],
     strides: Sequence[int],
     box: Sequence[int],
     steps: Sequence[int],
     swizzle: int,
-) -> bytes:
-    """The map of a tensor on `device`: see kernels.cuda.tensor_map.encode."""
-    return _serving(device).encode_tensor_map(address, dtype, sizes, strides, box, steps, swizzle)
+) -> Callable[[int], bytes]:
+    """What makes tensor maps of addresses on `device`: see kernels.cuda.tensor_map.encoder."""
+    return _serving(device).tensor_map_encoder(dtype, sizes, strides, box, steps, swizzle)
 
 
 def why_not_here(problem: Problem) -> str | None:

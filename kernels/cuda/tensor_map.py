@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -32,36 +32,31 @@ def _encode() -> ctypes._FuncPointer:
         ) from error
 
 
-def encode(
-    address: int,
+def encoder(
     dtype: torch.dtype,
     sizes: Sequence[int],
     strides: Sequence[int],
     box: Sequence[int],
     steps: Sequence[int],
     swizzle: int,
-) -> bytes:
-    """The 128 bytes of a map of a tensor of rank 5, innermost dimension first.
+) -> Callable[[int], bytes]:
+    """A function of an address: the 128 bytes of the map of a tensor of rank 5, innermost dimension first.
+
+    The address is that of the first element, a multiple of 16.
 
     Args:
-        address: of the first element, a multiple of 16.
         sizes: elements along each dimension.
         strides: elements from one to the next along dimensions 1 to 4; in bytes a multiple of 16.
         box: elements that one copy takes along each dimension.
         steps: elements from one taken to the next, 1 to 8.
         swizzle: bytes of a row of the box, over which 16-byte chunks are swizzled: 32, 64 or 128; 0 for none.
 
-    Raises:
-        KernelError: the driver refuses; the message holds all arguments.
+    The function raises KernelError where the driver refuses; the message holds all arguments.
     """
-    aligned = (ctypes.c_uint8 * (2 * BYTES))()
-    start = -ctypes.addressof(aligned) % BYTES
+    encode = _encode()
     span = [(count - 1) * step + 1 for count, step in zip(box, steps, strict=True)]
-    code = _encode()(
-        ctypes.c_void_p(ctypes.addressof(aligned) + start),
-        ctypes.c_int(_DATA_TYPES[dtype]),
-        ctypes.c_uint32(5),
-        ctypes.c_void_p(address),
+    kind = ctypes.c_int(_DATA_TYPES[dtype]), ctypes.c_uint32(5)
+    layout = (
         (ctypes.c_uint64 * 5)(*sizes),
         (ctypes.c_uint64 * 4)(*(stride * dtype.itemsize for stride in strides)),
         (ctypes.c_uint32 * 5)(*span),
@@ -71,9 +66,16 @@ def encode(
         ctypes.c_int(_PROMOTE_TO_256_BYTES),
         ctypes.c_int(0),
     )
-    if code:
-        raise KernelError(
-            f"the driver refuses a tensor map (error {code}): address {address:#x}, {dtype}, sizes {list(sizes)}, "
-            f"strides {list(strides)}, box {list(box)}, steps {list(steps)}, swizzle {swizzle}"
-        )
-    return bytes(aligned[start : start + BYTES])
+
+    def map_of(address: int) -> bytes:
+        buffer = (ctypes.c_uint8 * (2 * BYTES))()
+        aligned = -(-ctypes.addressof(buffer) // BYTES) * BYTES
+        code = encode(ctypes.c_void_p(aligned), *kind, ctypes.c_void_p(address), *layout)
+        if code:
+            raise KernelError(
+                f"the driver refuses a tensor map (error {code}): address {address:#x}, {dtype}, sizes {list(sizes)}, "
+                f"strides {list(strides)}, box {list(box)}, steps {list(steps)}, swizzle {swizzle}"
+            )
+        return ctypes.string_at(aligned, BYTES)
+
+    return map_of

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,37 +207,39 @@ class EmulatorRuntime(DryRuntime):
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(lambda source: _compile(render(source), source.name, self.flags), sources))
 
-    def encode_tensor_map(
+    def tensor_map_encoder(
         self,
-        address: int,
         dtype: torch.dtype,
         sizes: Sequence[int],
         strides: Sequence[int],
         box: Sequence[int],
         steps: Sequence[int],
         swizzle: int,
-    ) -> bytes:
-        """As kernels.cuda.tensor_map.encode, its rules included; read by hopper_engine.h."""
+    ) -> Callable[[int], bytes]:
+        """As kernels.cuda.tensor_map.encoder, its rules included; read by hopper_engine.h."""
         size = dtype.itemsize
         span = [(count - 1) * step + 1 for count, step in zip(box, steps, strict=True)]
         row = box[0] * size
         legal = (
-            address % 16 == 0
-            and all(0 < count < 2**32 for count in sizes)
+            all(0 < count < 2**32 for count in sizes)
             and all(stride * size % 16 == 0 and 0 <= stride * size < 2**40 for stride in strides)
             and all(0 < side <= 256 for side in span)
             and all(0 < step <= 8 for step in steps)
             and steps[0] == 1
             and (row % 16 == 0 if swizzle == 0 else row == swizzle)
         )
-        if not legal:
-            raise KernelError(
-                f"no tensor map: address {address:#x}, {dtype}, sizes {list(sizes)}, strides {list(strides)}, "
-                f"box {list(box)}, steps {list(steps)}, swizzle {swizzle}"
-            )
-        byte_strides = (stride * size for stride in strides)
-        packed = _PLAIN_MAP.pack(address, _MAP_MAGIC, *byte_strides, *sizes, *box, *steps, swizzle, size)
-        return packed.ljust(128, b"\0")
+        byte_strides = [stride * size for stride in strides]
+
+        def map_of(address: int) -> bytes:
+            if not legal or address % 16:
+                raise KernelError(
+                    f"no tensor map: address {address:#x}, {dtype}, sizes {list(sizes)}, strides {list(strides)}, "
+                    f"box {list(box)}, steps {list(steps)}, swizzle {swizzle}"
+                )
+            packed = _PLAIN_MAP.pack(address, _MAP_MAGIC, *byte_strides, *sizes, *box, *steps, swizzle, size)
+            return packed.ljust(128, b"\0")
+
+        return map_of
 
 
 class _Mapping:

@@ -12,7 +12,7 @@ from emulator import EmulatorRuntime, guarded
 from test_flash import TOLERANCE, close, make_operands, make_problem
 from torch import Tensor
 
-from kernels import explain, neighborhood_attention, set_deterministic
+from kernels import backend, explain, neighborhood_attention, set_deterministic
 from kernels.backend import Gradients, Operands
 from kernels.cuda import hopper, hopper_backward, hopper_joint, hopper_tiles
 from kernels.cuda.hopper_tiles import Tiles
@@ -25,16 +25,11 @@ from kernels.reference import Reference
 def _any_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_tiles, "SMALLEST_WINDOW", 1)
     monkeypatch.setattr(hopper, "SMALL_WINDOW", 0)
-    hopper._plan.cache_clear()
-    hopper_backward._plan.cache_clear()
-    hopper_joint._plan.cache_clear()
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
     """Instead of those of the fewest pairs, forward and backward."""
-    for module in (hopper, hopper_backward, hopper_joint):
-        monkeypatch.setattr(module, "choose_tiles", lambda *_, **__: tiles)
-        module._plan.cache_clear()
+    monkeypatch.setattr(hopper_tiles, "choose_tiles", lambda *_: tiles)
 
 
 def doubles(operands: Operands) -> Operands:
@@ -50,7 +45,7 @@ def check_forward(problem: Problem, *, packed: bool = False) -> tuple[Tensor, Te
     assert hopper.why_not(problem) is None
     assert hopper.why_not_operands(problem, operands) is None
     expected, expected_lse = Reference().forward(in_doubles(problem), doubles(operands))
-    output, lse = hopper.forward(problem, operands)
+    output, lse = backend.forward(hopper, problem, operands)
     close("output", output, expected, TOLERANCE[problem.dtype])
     close("lse", lse, expected_lse, TOLERANCE[problem.dtype])
     return output, lse
@@ -71,7 +66,7 @@ def check_backward(
         exact, exact_operands, output, lse, grad_output.double(), grad_lse.double(), needs_rpb_grad
     )
     rounded = guarded(output.to(problem.dtype)), guarded(lse.float())
-    gradients = family.backward(problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad)
+    gradients = backend.backward(family, problem, operands, *rounded, grad_output, grad_lse, needs_rpb_grad)
     names = ["query", "key", "value", *(["rpb"] if needs_rpb_grad else [])]
     for name in names + (["additional_keys", "additional_values"] if problem.additional else []):
         close(f"gradient of {name}", getattr(gradients, name), getattr(wanted, name), 2 * TOLERANCE[problem.dtype])
@@ -253,7 +248,7 @@ def check_scores_far_below_zero(family: ModuleType, additional: int = 0) -> None
     output, lse = Reference().forward(in_doubles(problem), doubles(operands))
     output, lse = guarded(output.half()), guarded(lse.float())
     grad_output = guarded(torch.randn(output.shape).half())
-    gradients = family.backward(problem, operands, output, lse, grad_output, None, needs_rpb_grad=False)
+    gradients = backend.backward(family, problem, operands, output, lse, grad_output, None, needs_rpb_grad=False)
     assert gradients.query.isfinite().all()
 
 
@@ -288,6 +283,39 @@ def test_joint_gradients_where_they_are_allowed(emulator: EmulatorRuntime, nonde
     assert "hopper_gradient" in used
     assert "hopper_joint" not in used
     assert "set_deterministic" not in says()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("additional", "rpb"), [(20, False), (0, True)], ids=["additional", "bias"])
+@pytest.mark.usefixtures("nondeterminism")
+def test_later_calls_write_new_addresses_into_the_same_maps(
+    emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, deterministic: bool, additional: int, rpb: bool
+) -> None:
+    """Through the public operator. Whatever depends on no address is worked out once."""
+    set_deterministic(deterministic)
+    worked_out = []
+    encoder = emulator.tensor_map_encoder
+    monkeypatch.setattr(emulator, "tensor_map_encoder", lambda *layout: worked_out.append(layout) or encoder(*layout))
+    problem = make_problem(Axis(300, 140), heads=2, head_dim=32, additional=additional)
+    calls = [[torch.randn_like(t) for t in make_operands(problem).tensors if t is not None] for _ in range(3)]
+
+    def compute(tensors: list[Tensor], bias: Tensor | None, incoming: Tensor, backend: str) -> tuple[Tensor, ...]:
+        leaves = [t.requires_grad_() for t in tensors]
+        extra = dict(zip(("additional_keys", "additional_values"), leaves[3:], strict=False))
+        output = neighborhood_attention(*leaves[:3], 140, rpb=bias, backend=backend, **extra)
+        return output.detach(), *torch.autograd.grad(output, leaves, incoming)
+
+    for tensors in calls:
+        bias, incoming = torch.randn(2, 279) if rpb else None, torch.randn_like(tensors[0])
+        exact = [t.double() for t in tensors], None if bias is None else bias.double(), incoming.double()
+        results = zip(compute(tensors, bias, incoming, "fused"), compute(*exact, "reference"), strict=True)
+        for actual, wanted in results:
+            close("output or gradient", actual, wanted, 2 * TOLERANCE[torch.float16])
+        if tensors is calls[0]:
+            first = len(worked_out)
+    assert len(worked_out) == first > 0
+    used = {source.function for source in emulator.kernels}
+    assert {"hopper_forward", "hopper_gradient" if deterministic or additional else "hopper_joint"} <= used
 
 
 def test_small_windows_have_a_block_per_warpgroup(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
