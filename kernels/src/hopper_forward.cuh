@@ -7,7 +7,7 @@
 
 #include "fastna/hopper_additional.cuh"
 #include "fastna/hopper_bias.cuh"
-#include "fastna/wgmma.cuh"
+#include "fastna/hopper_products.cuh"
 
 namespace fastna {
 
@@ -36,13 +36,13 @@ struct HopperForward {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
+  using Products = HopperProducts<Tiles>;
   using Bias = typename Config::Bias;
   static constexpr bool BIAS = Bias::PRESENT, ADDITIONAL = Config::ADDITIONAL;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, STAGES = Tiles::STAGES, GROUPS = Tiles::WARPGROUPS;
   static constexpr bool TURNS = GROUPS == 2;
   static constexpr int ALL_CONSUMERS = 7, FIRST_TURN = 8;  // named barriers
   static constexpr float SLACK = 8.0f;  // log2
-  static constexpr int ROW = Tiles::ROW_BYTES, SLICE = Tiles::SLICE;
 
   struct Shared {
     u8 query[GROUPS][Tiles::ROWS_BYTES];
@@ -117,24 +117,11 @@ struct HopperForward {
     };
     const auto multiply_query_key = [&](int step) {
       barrier_wait(shared.key_full[stage(step)], parity(step));
-      const u32 key = shared_address(shared.key[stage(step)]);
-      wgmma_fence();
-      FASTNA_UNROLL
-      for (int k = 0; k < D / 16; ++k) {
-        const int slice = k * 16 / SLICE, offset = k * 16 % SLICE * 2;
-        Wgmma<N>::template product<T>(scores, matrix_descriptor<ROW>(query + slice * 64 * ROW + offset),
-                                      matrix_descriptor<ROW>(key + slice * N * ROW + offset), k != 0);
-      }
-      wgmma_commit();
+      Products::multiply(scores, query, shared_address(shared.key[stage(step)]));
     };
     const auto multiply_weights_value = [&](int step) {
       barrier_wait(shared.value_full[stage(step)], parity(step));
-      const u32 value = shared_address(shared.value[stage(step)]);
-      wgmma_fence();
-      FASTNA_UNROLL
-      for (int k = 0; k < N / 16; ++k)
-        Wgmma<D>::template product_transposed<T>(output, weights + 4 * k, matrix_descriptor<ROW>(value + k * 16 * ROW, N * ROW));
-      wgmma_commit();
+      Products::add(output, weights, shared_address(shared.value[stage(step)]));
     };
     // Scores become weights 2^(unit (s - peak)); the sums and what is already summed up are brought to the new peak.
     const auto soften = [&](const Walk& walk) {
@@ -234,42 +221,23 @@ struct HopperForward {
       wgmma_wait<0>();
       release(shared.value_empty[stage(last)]);
     }
-    if (!sight.idle) store(w, own, row, quad, thread, output, peak, sum, unit);
-  }
-
-  FASTNA_DEVICE void store(int w, const int (&own)[3], int row, int quad, int thread, const float (&output)[D / 2], const float (&peak)[2],
-                           const float (&sum)[2], float unit) {
-    u8* slot = shared.query[w];  // this warpgroup's queries are no longer needed
+    if (sight.idle) return;
     FASTNA_UNROLL
     for (int half_ = 0; half_ < 2; ++half_) {
-      const int r = row + 8 * half_;
       float total = sum[half_];
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
       const float inverse = 1.0f / total;
       FASTNA_UNROLL
-      for (int n = 0; n < D / 8; ++n) {
-        const u32 at = n * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(r, n * 8 % SLICE / 8) + quad * 4;
-        *reinterpret_cast<u32*>(slot + at) = pack2<T>(output[4 * n + 2 * half_] * inverse, output[4 * n + 2 * half_ + 1] * inverse);
+      for (int i = half_ * 2; i < D / 2; i += 4) {
+        output[i] *= inverse;
+        output[i + 1] *= inverse;
       }
       int at[3];
-      if (quad == 0 && place.locate(own, r, at)) {
-        const Geometry& geometry = args.geometry;
-        i64 index = place.batch;
-        FASTNA_UNROLL
-        for (int a = 0; a < 3; ++a) index = index * geometry.axis[a].length + at[a];
-        args.lse[index * geometry.heads + place.head] = (peak[half_] * unit + log2_approx(total)) * LN_2;
-      }
+      if (quad == 0 && place.locate(own, row + 8 * half_, at))
+        args.lse[place.query_index(at)] = (peak[half_] * unit + log2_approx(total)) * LN_2;
     }
-    named_barrier(1 + w, 128);
-    constexpr int CHUNKS = D / 8;
-    for (int i = thread; i < 64 * CHUNKS; i += 128) {
-      const int r = i / CHUNKS, chunk = i % CHUNKS;
-      int at[3];
-      if (!place.locate(own, r, at)) continue;
-      const u32 from = chunk * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(r, chunk % (SLICE / 8));
-      store_global_16(element<T>(args.output, place.batch, at[0], at[1], at[2], place.head) + chunk * 8, load_global_16(slot + from));
-    }
+    place.store(w, own, thread, output, 1.0f, shared.query[w], args.output);
   }
 };
 

@@ -12,7 +12,7 @@
 
 #include "fastna/hopper_additional.cuh"
 #include "fastna/hopper_bias.cuh"
-#include "fastna/wgmma.cuh"
+#include "fastna/hopper_products.cuh"
 
 namespace fastna {
 
@@ -51,6 +51,7 @@ struct HopperGradient {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
+  using Products = HopperProducts<Tiles>;
   using Bias = typename Config::Bias;
   static constexpr bool KEYS = Config::KEYS, FIRST = Config::FIRST, SECOND = Config::SECOND, QUEUED = Config::QUEUED;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, GROUPS = Tiles::WARPGROUPS;
@@ -59,7 +60,6 @@ struct HopperGradient {
   // A box is held until the next one's scores are computed, save for the second half where it has no gradient.
   static constexpr int STAGES = Tiles::STAGES, SECOND_STAGES = SECOND ? STAGES : minimum(STAGES, 2);
   static_assert(STAGES >= 2, "two boxes are in use at once");
-  static constexpr int ROW = Tiles::ROW_BYTES, SLICE = Tiles::SLICE;
 
   struct Shared {
     u8 first_rows[GROUPS][Tiles::ROWS_BYTES];
@@ -129,7 +129,7 @@ struct HopperGradient {
       for (int half_ = 0; half_ < 2; ++half_) {
         int at[3];
         if (place.locate(own, row + 8 * half_, at)) {
-          const float4 both = load_readonly(args.row_statistics + token_index(at) * args.geometry.heads + place.head);
+          const float4 both = load_readonly(args.row_statistics + place.query_index(at));
           statistics[half_] = {both.x, both.y};
         }
       }
@@ -154,34 +154,13 @@ struct HopperGradient {
     const auto release = [&](MemoryBarrier& barrier) {
       if (lane == 0) barrier_arrive(barrier);
     };
-    // result = rows columns^T
-    const auto multiply_rows = [&](float(&result)[N / 2], u32 rows, const u8* columns) {
-      const u32 box = shared_address(columns);
-      wgmma_fence();
-      FASTNA_UNROLL
-      for (int k = 0; k < D / 16; ++k) {
-        const int slice = k * 16 / SLICE, offset = k * 16 % SLICE * 2;
-        Wgmma<N>::template product<T>(result, matrix_descriptor<ROW>(rows + slice * 64 * ROW + offset),
-                                      matrix_descriptor<ROW>(box + slice * N * ROW + offset), k != 0);
-      }
-      wgmma_commit();
-    };
-    // sum += factors columns
-    const auto add_product = [&](float(&sum)[D / 2], const u32* factors, const u8* columns) {
-      const u32 box = shared_address(columns);
-      wgmma_fence();
-      FASTNA_UNROLL
-      for (int k = 0; k < N / 16; ++k)
-        Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, matrix_descriptor<ROW>(box + k * 16 * ROW, N * ROW));
-      wgmma_commit();
-    };
     const auto multiply_first = [&](int step) {
       barrier_wait(shared.first_full[first_stage(step)], first_parity(step));
-      multiply_rows(scores, first_rows, shared.first[first_stage(step)]);
+      Products::multiply(scores, first_rows, shared_address(shared.first[first_stage(step)]));
     };
     const auto multiply_second = [&](int step) {
       barrier_wait(shared.second_full[second_stage(step)], second_parity(step));
-      multiply_rows(slopes, second_rows, shared.second[second_stage(step)]);
+      Products::multiply(slopes, second_rows, shared_address(shared.second[second_stage(step)]));
     };
     // lse (which = 0) or delta (1) of accumulator i: of its row, or of its column.
     const auto statistic = [&](int step, int i, int which) {
@@ -235,8 +214,8 @@ struct HopperGradient {
       }
     };
     const auto add_gradients = [&](int step) {
-      if constexpr (SECOND) add_product(grad_second, weights, shared.second[second_stage(step)]);
-      if constexpr (FIRST) add_product(grad_first, packed_slopes, shared.first[first_stage(step)]);
+      if constexpr (SECOND) Products::add(grad_second, weights, shared_address(shared.second[second_stage(step)]));
+      if constexpr (FIRST) Products::add(grad_first, packed_slopes, shared_address(shared.first[first_stage(step)]));
     };
     const auto release_added = [&](int step) {
       release(shared.first_empty[first_stage(step)]);
@@ -275,13 +254,6 @@ struct HopperGradient {
     if (sight.idle) return;
     if constexpr (FIRST) place.store(w, own, thread, grad_first, args.geometry.scale, shared.first_rows[w], args.grad_first);
     if constexpr (SECOND) place.store(w, own, thread, grad_second, 1.0f, FIRST ? shared.second_rows[w] : shared.first_rows[w], args.grad_second);
-  }
-
-  FASTNA_DEVICE i64 token_index(const int (&at)[3]) const {
-    i64 index = place.batch;
-    FASTNA_UNROLL
-    for (int a = 0; a < 3; ++a) index = index * args.geometry.axis[a].length + at[a];
-    return index;
   }
 };
 

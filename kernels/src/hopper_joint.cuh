@@ -8,7 +8,7 @@
 #pragma once
 
 #include "fastna/hopper_bias.cuh"
-#include "fastna/wgmma.cuh"
+#include "fastna/hopper_products.cuh"
 
 namespace fastna {
 
@@ -50,6 +50,7 @@ struct HopperJoint {
   using T = typename Tiles::Element;
   using Place = HopperPlace<Tiles>;
   using Walk = typename Place::Walk;
+  using Products = HopperProducts<Tiles>;
   using Bias = typename Config::Bias;
   static constexpr bool BIAS = Bias::PRESENT;
   static constexpr int D = Tiles::HEAD_DIM, N = Tiles::COLUMNS, GROUPS = Tiles::WARPGROUPS, STAGES = Tiles::STAGES;
@@ -163,27 +164,6 @@ struct HopperJoint {
     const auto release = [&](MemoryBarrier& barrier) {
       if (lane == 0) barrier_arrive(barrier);
     };
-    // result = rows columns^T
-    const auto multiply_rows = [&](float(&result)[N / 2], const u8* own_rows, const u8* columns) {
-      const u32 rows = shared_address(own_rows), box = shared_address(columns);
-      wgmma_fence();
-      FASTNA_UNROLL
-      for (int k = 0; k < D / 16; ++k) {
-        const int slice = k * 16 / SLICE, offset = k * 16 % SLICE * 2;
-        Wgmma<N>::template product<T>(result, matrix_descriptor<ROW>(rows + slice * 64 * ROW + offset),
-                                      matrix_descriptor<ROW>(box + slice * N * ROW + offset), k != 0);
-      }
-      wgmma_commit();
-    };
-    // sum += factors columns
-    const auto add_product = [&](float(&sum)[D / 2], const u32* factors, const u8* columns) {
-      const u32 box = shared_address(columns);
-      wgmma_fence();
-      FASTNA_UNROLL
-      for (int k = 0; k < N / 16; ++k)
-        Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, matrix_descriptor<ROW>(box + k * 16 * ROW, N * ROW));
-      wgmma_commit();
-    };
     // The weights of a box, and what its scores' gradients are.
     const auto differentiate = [&](const Walk& walk) {
       const float4* statistics = shared.statistics[stage(walk.step)];
@@ -245,13 +225,13 @@ struct HopperJoint {
       float grad_query[PART / 2];
       barrier_wait(shared.query_full[s], parity(walk.step));
       if (sight.needs(walk)) {
-        multiply_rows(scores, shared.key[w], shared.query[s]);
+        Products::multiply(scores, shared_address(shared.key[w]), shared_address(shared.query[s]));
         barrier_wait(shared.grad_full[s], parity(walk.step));
-        multiply_rows(slopes, shared.value[w], shared.grad_output[s]);
+        Products::multiply(slopes, shared_address(shared.value[w]), shared_address(shared.grad_output[s]));
         differentiate(walk);
         leave_slopes(walk.step);
-        add_product(grad_value, weights, shared.grad_output[s]);
-        add_product(grad_key, packed_slopes, shared.query[s]);
+        Products::add(grad_value, weights, shared_address(shared.grad_output[s]));
+        Products::add(grad_key, packed_slopes, shared_address(shared.query[s]));
         multiply_slopes(grad_query, walk.step);
         wgmma_wait<1>();
         release(shared.query_empty[s]);

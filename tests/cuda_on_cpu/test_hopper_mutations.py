@@ -24,8 +24,8 @@ from kernels.cuda.hopper_tiles import Tiles
 from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis
 
-KEY_WAIT = "      barrier_wait(shared.key_full[stage(step)], parity(step));\n      const"
-VALUE_WAIT = "      barrier_wait(shared.value_full[stage(step)], parity(step));\n      const"
+KEY_WAIT = "      barrier_wait(shared.key_full[stage(step)], parity(step));\n      Products"
+VALUE_WAIT = "      barrier_wait(shared.value_full[stage(step)], parity(step));\n      Products"
 LAST_WAIT = "        wgmma_wait<0>();\n        release(shared.value_empty[stage(last)]);\n        rescale"
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "turns only for boxes that are needed": [
@@ -36,8 +36,8 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
         ("barrier_init(shared.key_empty[s], 4 * ", "barrier_init(shared.key_empty[s], "),
         ("barrier_init(shared.value_empty[s], 4 * ", "barrier_init(shared.value_empty[s], "),
     ],
-    "keys not waited for": [(KEY_WAIT, "      const")],
-    "values not waited for": [(VALUE_WAIT, "      const")],
+    "keys not waited for": [(KEY_WAIT, "      Products")],
+    "values not waited for": [(VALUE_WAIT, "      Products")],
     "keys overwritten while they are multiplied": [
         ("      wgmma_wait<0>();\n      release(shared.key_empty", "      release(shared.key_empty")
     ],
@@ -45,9 +45,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "output scaled while it is summed up": [(LAST_WAIT, LAST_WAIT[LAST_WAIT.index("\n") + 1 :])],
     "too few bytes expected": [("key_full[s], Tiles::BOX_BYTES);", "key_full[s], Tiles::BOX_BYTES - 16);")],
     "no fence before a product": [
-        ("      wgmma_fence();\n      FASTNA_UNROLL\n      for (int k = 0; k < D", "      for (int k = 0; k < D")
+        ("    wgmma_fence();\n    FASTNA_UNROLL\n    for (int k = 0; k < D", "    for (int k = 0; k < D")
     ],
-    "values one row too far apart": [("value + k * 16 * ROW, N * ROW)", "value + k * 16 * ROW, N * ROW + ROW)")],
+    "values one row too far apart": [("columns + k * 16 * ROW, N * ROW)", "columns + k * 16 * ROW, N * ROW + ROW)")],
 }
 
 
@@ -99,7 +99,7 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "boxes released before their gradients are summed up": [
         (RELEASE, ""),
-        ("        add_product(grad_value", f"{RELEASE}        add_product(grad_value"),
+        ("        Products::add(grad_value", f"{RELEASE}        Products::add(grad_value"),
     ],
     "keys overwritten while others multiply them": [
         ("    // Nobody multiplies with these keys any more.\n    named_barrier(ALL_CONSUMERS, GROUPS * 128);\n", "")
@@ -115,7 +115,8 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
 
 
 def break_kernel(header: str, edits: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = {name: source_of(name) for name in (header, "fastna/hopper_tiles.cuh", "fastna/hopper_additional.cuh")}
+    shared = ("fastna/hopper_tiles.cuh", "fastna/hopper_additional.cuh", "fastna/hopper_products.cuh")
+    texts = {name: source_of(name) for name in (header, *shared)}
     for old, new in edits:
         found = [name for name, text in texts.items() if old in text]
         assert [texts[name].count(old) for name in found] == [1], f"{header} changed: say anew how to break it"

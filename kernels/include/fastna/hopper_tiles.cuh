@@ -129,8 +129,16 @@ struct HopperPlace {
     return inside;
   }
 
-  // Gradients of the rows of warpgroup `w`, as accumulators hold them, times `factor`. `slot`: rows in shared memory that are no longer needed.
-  FASTNA_DEVICE void store(int w, const int (&own)[3], int thread, const float (&grad)[Tiles::HEAD_DIM / 2], float factor, u8* slot,
+  // Of a token and the block's head in [batch, *space, heads], where rows are queries.
+  FASTNA_DEVICE i64 query_index(const int (&at)[3]) const {
+    i64 index = batch;
+    FASTNA_UNROLL
+    for (int a = 0; a < 3; ++a) index = index * geometry.axis[a].length + at[a];
+    return index * geometry.heads + head;
+  }
+
+  // Sums for the rows of warpgroup `w`, as accumulators hold them, times `factor`. `slot`: rows in shared memory that are no longer needed.
+  FASTNA_DEVICE void store(int w, const int (&own)[3], int thread, const float (&sums)[Tiles::HEAD_DIM / 2], float factor, u8* slot,
                            const TensorArguments& to) const {
     using T = typename Tiles::Element;
     constexpr int D = Tiles::HEAD_DIM, SLICE = Tiles::SLICE, ROW = Tiles::ROW_BYTES, CHUNKS = D / 8;
@@ -139,7 +147,7 @@ struct HopperPlace {
     for (int i = 0; i < D / 4; ++i) {
       const int n = i / 2, half_ = i % 2;
       const u32 at = n * 8 / SLICE * 64 * ROW + swizzled_chunk<ROW>(row + 8 * half_, n * 8 % SLICE / 8) + quad * 4;
-      *reinterpret_cast<u32*>(slot + at) = pack2<T>(grad[2 * i] * factor, grad[2 * i + 1] * factor);
+      *reinterpret_cast<u32*>(slot + at) = pack2<T>(sums[2 * i] * factor, sums[2 * i + 1] * factor);
     }
     named_barrier(1 + w, 128);
     for (int i = thread; i < 64 * CHUNKS; i += 128) {
