@@ -63,12 +63,15 @@ def test_the_same_call_gives_the_same_bits(cuda, backend, dtype, space, window, 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("dilation", [1, 3])
-def test_gradients_that_may_differ_in_their_last_bits(cuda, head_dim, dilation):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gradients_that_may_differ_in_their_last_bits(cuda, head_dim, dilation, has_bias):
     """Of large windows on Hopper; elsewhere they are the same ones."""
     query, key, value = (t.requires_grad_() for t in projection(cuda, torch.bfloat16, 2, 70, 75, 2, head_dim))
+    rpb = bias(cuda, torch.float32, 2, 15, 15) if has_bias else None
 
     def gradients() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(na2d(query, key, value, 15, dilation=dilation).square().sum(), (query, key, value))
+        output = na2d(query, key, value, 15, dilation=dilation, rpb=rpb)
+        return torch.autograd.grad(output.square().sum(), (query, key, value))
 
     expected = gradients()
     set_deterministic(False)
