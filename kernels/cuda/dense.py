@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.backend import Operands
+from kernels.backend import BoundForward, Operands
 from kernels.cuda import runtime
 from kernels.problem import Problem
 
@@ -57,14 +57,19 @@ def why_not_operands(problem: Problem, operands: Operands) -> str | None:
     return None
 
 
-def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    """Output and lse of a problem and operands that `why_not` and `why_not_operands` accept."""
-    shape = operands.query.shape[:-1]
+def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
+    """The forward pass of a problem and operands that `why_not` and `why_not_operands` accept."""
+    shape = (problem.batch, *problem.space, problem.heads)
     flat = (problem.batch, problem.tokens, problem.heads, problem.head_dim)
-    query, key, value = (t.view(flat).transpose(1, 2) for t in (operands.query, operands.key, operands.value))
-    output, lse = attend(query, key, value, problem.scale)
-    output = output.transpose(1, 2).reshape(*shape, problem.value_dim)
-    return output.contiguous(), lse.reshape(flat[0], flat[2], flat[1]).transpose(1, 2).reshape(shape).contiguous()
+
+    def run(query: Tensor, key: Tensor, value: Tensor, *absent: None) -> tuple[Tensor, Tensor]:
+        query, key, value = (tensor.view(flat).transpose(1, 2) for tensor in (query, key, value))
+        output, lse = attend(query, key, value, problem.scale)
+        lse = lse.reshape(problem.batch, problem.heads, problem.tokens)
+        output, lse = (tensor.transpose(1, 2).contiguous() for tensor in (output, lse))
+        return output.view(*shape, problem.value_dim), lse.view(shape)
+
+    return run
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,17 @@ import functools
 import math
 from collections.abc import Iterable
 
-from kernels.cuda.arguments import GEOMETRY, INT, INT64, POINTER, TENSOR, Struct, pack_geometry, pack_tensor
+from kernels.cuda.arguments import (
+    GEOMETRY,
+    INT,
+    INT64,
+    POINTER,
+    TENSOR,
+    Struct,
+    pack_contiguous,
+    pack_geometry,
+    pack_tensor,
+)
 from kernels.cuda.bound import Launch
 from kernels.cuda.flash_plan import (
     arithmetic_of,
@@ -89,15 +99,6 @@ Strides = tuple[int, ...]
 NO_TENSOR = bytes(TENSOR.size)
 
 
-def _contiguous(problem: Problem, heads: int, channels: int) -> bytes:
-    """A contiguous tensor [batch, *space, heads, channels], without its address; lse has one channel."""
-    strides, step = [], channels
-    for size in (heads, *reversed(problem.space)):
-        strides.append(step)
-        step *= size
-    return pack_tensor((step, *reversed(strides)), problem.rank)
-
-
 def _pack_inputs(problem: Problem, strides: tuple[Strides, ...]) -> dict[str, bytes]:
     """The tensors of these strides: query, key, value, the additional ones if any, grad_output in a backward pass."""
     packed = {
@@ -125,8 +126,8 @@ def forward_launch(problem: Problem, strides: tuple[Strides, ...], vector: int, 
     packed = FLASH_FORWARD.pack(
         geometry=pack_geometry(problem),
         **_pack_inputs(problem, strides),
-        output=_contiguous(problem, problem.heads, problem.value_dim),
-        lse=_contiguous(problem, problem.heads, 1),
+        output=pack_contiguous(problem, problem.heads, problem.value_dim),
+        lse=pack_contiguous(problem, problem.heads, 1),
         tiles=tiles,
     )
     pointers = _set_forward_with_additional if problem.additional else _set_forward
@@ -140,14 +141,14 @@ def query_gradient_launch(
     plan = plan_query_gradient(problem, arithmetic_of(problem.dtype, allow_tf32), vector, needs_rpb_grad)
     tiles = row_tiles(problem.axes, plan.choice.tiling.rows)
     all_tiles = _all_tiles(problem, tiles, problem.heads)
-    lse = _contiguous(problem, problem.heads, 1)
+    lse = pack_contiguous(problem, problem.heads, 1)
     packed = FLASH_QUERY_GRADIENT.pack(
         geometry=pack_geometry(problem),
         **_pack_inputs(problem, strides),
-        output=_contiguous(problem, problem.heads, problem.value_dim),
+        output=pack_contiguous(problem, problem.heads, problem.value_dim),
         lse=lse,
         grad_lse=lse,
-        grad_query=_contiguous(problem, problem.heads, problem.head_dim),
+        grad_query=pack_contiguous(problem, problem.heads, problem.head_dim),
         delta=lse,
         tiles=tiles,
         all_tiles=all_tiles,
@@ -174,8 +175,8 @@ def key_gradient_launches(
             inputs,
             key=inputs["key"],
             value=inputs["value"],
-            grad_key=_contiguous(problem, problem.key_heads, problem.head_dim),
-            grad_value=_contiguous(problem, problem.key_heads, problem.value_dim),
+            grad_key=pack_contiguous(problem, problem.key_heads, problem.head_dim),
+            grad_value=pack_contiguous(problem, problem.key_heads, problem.value_dim),
             tiles=tiles,
             chunk_tiles=0,
         )
@@ -215,7 +216,7 @@ def additional_gradient_launches(
 
 
 def _pack_key_gradient(problem: Problem, inputs: dict[str, bytes], **rest: object) -> bytes:
-    lse = _contiguous(problem, problem.heads, 1)
+    lse = pack_contiguous(problem, problem.heads, 1)
     tokens = problem.batch * problem.additional * problem.key_heads
     return FLASH_KEY_GRADIENT.pack(
         geometry=pack_geometry(problem),
