@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: `x` [..., in] by `weight` [out, in] plus `bias` [out], as [..., out]."""
     if torch.jit.is_scripting() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if not (ONEDNN_IS_FASTER and _is_eager() and _pays(x, weight)):
+    if not (ONEDNN_IS_FASTER and _is_eager() and _pays(x, weight, bias)):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
 
@@ -48,15 +48,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 torch.fx.wrap("linear")  # tracing records the call instead of looking inside
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.dtype is torch.float32
-        and weight.dtype is torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.shape[-1:] == weight.shape[1:]  # what does not fit is PyTorch's to refuse
+        all(_is_plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        and x.shape[-1:] == weight.shape[1:]  # what does not fit is PyTorch's to refuse, or to broadcast
+        and (bias is None or bias.shape == weight.shape[:1])
         and x.numel() * weight.shape[0] >= WORTH
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether these are float32 numbers in the memory of a CPU: no subclass, not sparse, not in oneDNN's layout."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype is torch.float32
+        and tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
     )
 
 
@@ -73,6 +80,8 @@ def _is_eager() -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads it as if it were
     product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, "none", [], "")
     return product
 

@@ -100,6 +100,13 @@ def test_what_onednn_multiplies_slowly_is_copied(matrix, is_copied):
     assert (dense.data_ptr() != matrix.data_ptr()) == is_copied
 
 
+@pytest.mark.parametrize("bias", [torch.ones(1).expand(16), torch.arange(32.0)[::2]])
+def test_biases_with_gaps(products, bias):
+    x, weight = _random(4, 8), _random(16, 8)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert len(products) == 1
+
+
 def test_second_derivative(products):
     x, weight = _random(6, 8).requires_grad_(), _random(5, 8).requires_grad_()
 
@@ -110,6 +117,19 @@ def test_second_derivative(products):
     for found, expected in zip(penalty(linear), penalty(F.linear), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
     assert len(products) > 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_become_pytorchs_for_tools_that_ask_for_the_type():
+    model = nn.Sequential(Linear(8, 16), nn.GELU(), Linear(16, 8)).eval()
+    x = _random(4, 8)
+    expected = model(x)
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.__class__ = nn.Linear
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert [isinstance(quantized[i], torch.ao.nn.quantized.dynamic.Linear) for i in (0, 2)] == [True, True]
+    torch.testing.assert_close(quantized(x), expected, atol=0.05, rtol=0.05)
 
 
 class TestLeftToPyTorch:
@@ -182,3 +202,24 @@ class TestLeftToPyTorch:
         torch.testing.assert_close(traced(x), expected)
         assert len(products) == 1
         torch.testing.assert_close(torch.jit.script(traced)(x), expected)
+
+    @pytest.mark.parametrize("bias", [torch.ones(1), torch.ones(4, 16), torch.ones(())])
+    def test_biases_that_are_broadcast(self, products, bias):
+        x, weight = _random(4, 8), _random(16, 8)
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+        assert not products
+
+    @pytest.mark.parametrize("bias", [torch.ones(5), torch.ones(16, dtype=torch.float64)])
+    def test_biases_that_do_not_fit(self, bias):
+        with pytest.raises(RuntimeError) as expected:
+            F.linear(_random(4, 8), _random(16, 8), bias)
+        with pytest.raises(RuntimeError) as found:
+            linear(_random(4, 8), _random(16, 8), bias)
+        assert str(found.value) == str(expected.value)
+
+    @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+    def test_other_layouts(self, products):
+        x, weight = _random(4, 8), _random(16, 8)
+        torch.testing.assert_close(linear(x, weight.to_sparse_csr()), F.linear(x, weight))
+        torch.testing.assert_close(linear(x.to_mkldnn(), weight.to_mkldnn()).to_dense(), F.linear(x, weight))
+        assert not products
