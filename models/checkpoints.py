@@ -87,6 +87,8 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Tensor], str]:
     Raises CheckpointError when the file is absent, unreadable, or holds no state dict.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a folder; name the file of weights in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     try:

@@ -59,7 +59,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    console = Console()
+    console = Console(markup=False)
     sources = (options.first, options.second)
     first, second = (load_model(s, options.model if Path(s).suffix in BARE else None) for s in sources)
     images = chosen_images(options, first)

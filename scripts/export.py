@@ -45,7 +45,7 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
 def main(command_line: Sequence[str] | None = None) -> None:
     options = arguments(command_line)
     try:
-        run(options, Console(soft_wrap=True, highlight=False))
+        run(options, Console(soft_wrap=True, highlight=False, markup=False))
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

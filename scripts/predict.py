@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from training.errors import UserError
+from training.files import make_folder
 from training.inference.gallery import Gallery
 from training.inference.loading import Loaded, load_model
 from training.inference.predict import PRECISIONS, TABLES, Prediction, Runner, predict, write_table
@@ -53,9 +54,9 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     for path in parsed.output:
         if path.suffix not in (*TABLES, ".html"):
             parser.error(f"--output {path}: the name must end in {', '.join(TABLES)} or .html")
-    for name in ("top", "batch_size"):
-        if getattr(parsed, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(parsed, name)}: must be 1 or more")
+    for name, least in (("top", 1), ("batch_size", 1), ("workers", 0), ("gallery_images", 0)):
+        if getattr(parsed, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(parsed, name)}: must be {least} or more")
     return parsed
 
 
@@ -68,12 +69,14 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    console = Console()
+    console = Console(markup=False)  # names of files and classes may hold brackets
     sources = list_sources(options.images)
     if options.checkpoint is None:
         loaded = load_model(options.model)
     else:
         loaded = load_model(options.checkpoint, options.model, averaged=not options.no_ema)
+    for path in options.output:
+        make_folder(path.parent)  # refused now, not after an hour of predicting
     runner = Runner(loaded, options.device, options.precision)
     gallery = Gallery(runner, options.gallery_images if any(p.suffix == ".html" for p in options.output) else 0)
     stream = predict(

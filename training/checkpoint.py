@@ -95,16 +95,19 @@ def read_run(path: str | Path) -> SavedRun:
     path = Path(path).expanduser()
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
+    bare = CheckpointError(
+        f"{path} is not a checkpoint of train.py: it does not say which model it holds; bare weights need it said:"
+        " --model NAME, model_name=NAME for eval.py, model=NAME model.checkpoint=PATH for train.py"
+    )
+    if path.suffix == ".safetensors":
+        raise bare
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in zipfile, pickle or torch, in many ways
         reason = one_line(str(error)).split(". ")[0]
         raise CheckpointError(f"cannot read checkpoint {path}: {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not {"fastna", "state_dict"} <= content.keys():
-        raise CheckpointError(
-            f"{path} is not a checkpoint of train.py: it does not say which model it holds;"
-            " bare weights go into training with model=NAME model.checkpoint=PATH"
-        )
+        raise bare
     if content["fastna"].get("format") != FORMAT:
         found = content["fastna"].get("format")
         raise CheckpointError(f"{path}: checkpoint format {found!r}; this version reads format {FORMAT}")

@@ -5,6 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from training.errors import UserError
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents where they are absent.
+
+    Raises:
+        UserError: they cannot be made, or nothing can be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: nothing can be written to this folder")
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
@@ -12,7 +28,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
     A reader, and a run killed at any moment, sees the old file or the new one, never a part.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside

@@ -132,7 +132,7 @@ def train(config: TrainConfig) -> Outcome:
             module.model = create_model(config.model.name, arguments, config.model.attn_backend)
             module.model.load_state_dict(read_run(best).weights())
         report = write_report(folder, module, data, figures, config.callbacks.report, split="test")
-        Console().print(f"report: {report}", soft_wrap=True, highlight=False)
+        Console(markup=False).print(f"report: {report}", soft_wrap=True, highlight=False)
     return Outcome(folder, figures)
 
 
@@ -178,7 +178,7 @@ def evaluate(config: EvalConfig) -> Outcome:
     figures = test(trainer, module, data, config.split, folder, title)
     if config.report.enabled and trainer.is_global_zero:
         report = write_report(folder, module, data, figures, config.report, split=config.split)
-        Console().print(f"report: {report}", soft_wrap=True, highlight=False)
+        Console(markup=False).print(f"report: {report}", soft_wrap=True, highlight=False)
     return Outcome(folder, figures)
 
 
@@ -218,7 +218,7 @@ def test(trainer: Trainer, module: Classifier, data: ImageData, split: str, fold
         module.predictions = module.predictions.with_accepted(data.splits.accepted)
     figures = compute_figures(module.predictions, module.classes)
     if trainer.is_global_zero:
-        Console().print(figures_table(figures, title))
+        Console(markup=False).print(figures_table(figures, title))
         write_figures(figures, folder)
     return figures
 

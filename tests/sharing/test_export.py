@@ -128,6 +128,8 @@ def test_onnx_equals_the_model_in_batches_of_any_size_and_carries_names(checkpoi
         (found,) = session.run(None, {"image": images.numpy()})
         expected = model(images).detach().numpy()
         assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert session.get_inputs()[0].shape == ["batch", 1, 32, 32]
+    assert session.get_outputs()[0].shape == ["batch", 10]
     properties = session.get_modelmeta().custom_metadata_map
     assert json.loads(properties["classes"]) == NAMES
     assert json.loads(properties["preprocessing"])["image_size"] == 32

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sharing_runs import run, write_malicious
 from timm.data import create_transform, resolve_model_data_config
 
@@ -56,6 +57,7 @@ def test_tables_hold_what_timm_computes_from_the_export(everything, exported, pi
 def test_unreadable_images_are_listed_everywhere_and_stop_nothing(everything) -> None:
     folder, done = everything
     assert "40 images predicted, 2 unreadable" in done.out
+    assert "noise.png: no image of a known format\n" in done.err
     for name in ("broken.png", "noise.png"):
         assert re.search(rf"^unreadable: .*{name}: .+", done.err, re.MULTILINE)
         row = pd.read_csv(folder / "predictions.csv").set_index("image").filter(like=name, axis=0)
@@ -120,12 +122,36 @@ def test_bare_weights_decide_classes_and_channels(checkpoint, pictures, tmp_path
         (["README.md", "--checkpoint", "dinat_tniy"], "did you mean 'dinat_tiny'"),
         (["README.md", "--checkpoint", "local-dir:absent"], "cannot load local-dir:absent"),
         (["README.md", "--checkpoint", "a.pth", "--model", "nat_mini"], "no such checkpoint file"),
+        (
+            ["README.md", "--checkpoint", "docs", "--model", "nat_mini"],
+            "docs: a folder; name the file",
+        ),
+        (["README.md", "--output", "README.md/x.csv"], "README.md: the folder cannot be made: File exists"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(checkpoint, arguments, said) -> None:
     if "--checkpoint" not in arguments:
         arguments = [*arguments, "--checkpoint", checkpoint]
     assert said in run("scripts/predict.py", *arguments, check=False).error
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_bare_weights_alone_ask_for_their_architecture(exported, pictures, tmp_path, suffix) -> None:
+    bare = exported / "model.safetensors"
+    if suffix == ".pth":
+        bare = tmp_path / "bare.pth"
+        torch.save(load_file(exported / "model.safetensors"), bare)
+    assert (
+        "bare weights need it said: --model NAME"
+        in run("scripts/predict.py", pictures, "--checkpoint", bare, check=False).error
+    )
+
+
+def test_names_with_brackets_are_shown_as_they_are(exported, pictures, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    picture = tmp_path / "a [x] [red].png"
+    picture.write_bytes((pictures / "0" / "0000.png").read_bytes())
+    assert str(picture) in run("scripts/predict.py", picture, "--checkpoint", exported).out
 
 
 @pytest.mark.parametrize("kind", ["own", "bare", "folder", "evaluate", "resume"])

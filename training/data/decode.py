@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -43,6 +43,8 @@ class Decoder:
                     image.draft(None, (self.draft, longer) if portrait else (longer, self.draft))
                 image.load()
                 return image
+        except UnidentifiedImageError as error:  # whose own text is the address of a buffer
+            raise ValueError("no image of a known format" if data else "the file is empty") from error
         except DECODER_FAULTS as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -85,7 +85,14 @@ def write_onnx(loaded: Loaded, program: ExportedProgram, path: Path) -> float:
         raise ConfigError(f'--format onnx: {error}; pip install "fastna[export]"') from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about its own treespec
-        made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["image"], output_names=["logits"])
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),  # the axis' name in the file; a program alone calls it s77
+        )
     assert made is not None
     with written_aside(path) as aside:
         proto = made.model_proto

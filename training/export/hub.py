@@ -15,7 +15,7 @@ from timm.models import push_to_hf_hub, save_for_hf
 from timm.models._hub import generate_readme
 
 from training.errors import CheckpointError, UserError, one_line
-from training.files import write_text
+from training.files import make_folder, write_text
 from training.inference.loading import Loaded, imagenet_classes
 
 FILES = ("model.safetensors", "config.json", "README.md")
@@ -120,7 +120,7 @@ def run_figures(loaded: Loaded) -> dict[str, str]:
 
 def save_folder(loaded: Loaded, folder: Path, license_name: str) -> list[Path]:
     """Write FILES into `folder`, each whole or not at all; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
         save_for_hf(
             loaded.model,

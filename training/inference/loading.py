@@ -133,6 +133,8 @@ def _published(name: str) -> Loaded:
     try:
         model = create_model(name, {}, pretrained=True)
     except ConfigError as error:
+        if timm.is_model(name):
+            raise
         raise ConfigError(f"{error}, and there is no file or folder {name}") from error
     return _from_timm(name, model, name.split(".")[0], {})
 
