@@ -28,11 +28,11 @@ def as_picture(image: Tensor, data: DataConfig) -> Image.Image:
 def attention_panels(model: nn.Module, images: Tensor, data: DataConfig) -> list[list[dict[str, str]]]:
     """For each of `images` [n, c, h, w], one panel per layer: where the query in the middle, ringed, looks; mean over
     the heads. A panel is `{"image": data URI, "caption": layer}`."""
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
     panels: list[list[dict[str, str]]] = [[] for _ in images]
     for name in shown_layers(model):
-        with torch.autocast(device.type, enabled=False):
-            maps = models.attention_maps(model, images.to(device), name)[:, 0].mean(1).cpu().numpy()
+        with torch.autocast(weight.device.type, enabled=False):
+            maps = models.attention_maps(model, images.to(weight), name)[:, 0].mean(1).float().cpu().numpy()
         rows, columns = maps.shape[1:]
         query = ((rows // 2 + 0.5) / rows, (columns // 2 + 0.5) / columns)
         for image, weights, drawn in zip(images, maps, panels, strict=True):

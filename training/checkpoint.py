@@ -20,6 +20,7 @@ from training.config import DataConfig, TrainConfig, data_from_plain
 from training.errors import CheckpointError, one_line
 
 FORMAT = 1
+CHANGE_NOTHING = {"workers"}  # keys that may differ in a resumed run: it ends with the same bits
 LAST, BEST = "last.ckpt", "best.ckpt"
 FOLDER = "checkpoints"
 
@@ -155,7 +156,7 @@ def check_resumable(saved: SavedRun, description: dict[str, Any]) -> list[str]:
             theirs, ours, prefix = {group: theirs}, {group: ours}, ""
         else:
             theirs, prefix = theirs or {}, f"{group}."
-        for key in sorted(ours.keys() | theirs.keys()):
+        for key in sorted((ours.keys() | theirs.keys()) - CHANGE_NOTHING):
             if theirs.get(key) != ours.get(key):
                 differences.append(f"{prefix}{key} was {theirs.get(key)!r} and is now {ours.get(key)!r}")
     return differences

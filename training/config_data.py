@@ -1,5 +1,6 @@
 """Schemas of configs/data: what every data set has, and where each kind finds its images."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,12 @@ IMAGENET_LABELS = ("real", "v2", "a", "r", "sketch")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "random")
 
 
+def default_workers() -> int:
+    """Processes that read images: four, or one for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, cores or 1)
+
+
 @dataclass
 class DataConfig:
     """What every data set has. `batch_size` counts images per process and per forward pass."""
@@ -19,7 +26,7 @@ class DataConfig:
     name: str = MISSING
     batch_size: int = 64
     eval_batch_size: int | None = None  # null: batch_size
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     image_size: int = 224
     in_chans: int = 3
     interpolation: str = "bicubic"  # of evaluation

@@ -167,7 +167,7 @@ def write_figures(figures: Figures, folder: Path) -> None:
 
 def figures_table(figures: Figures, title: str, rows: int = 20) -> Table:
     """The figures as a table for the terminal; of many classes, those with the lowest recall."""
-    table = Table(title=title, caption=summary_line(figures))
+    table = Table(title=title)
     for heading in ("class", "images", "recall", "precision", "F1"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     shown = figures.per_class

@@ -39,7 +39,7 @@ from training.checkpoint import (
 from training.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, to_plain
 from training.data import ImageData, open_splits
 from training.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError, one_line
-from training.evaluation import Figures, compute_figures, figures_table, write_figures
+from training.evaluation import Figures, compute_figures, figures_table, summary_line, write_figures
 from training.files import write_text
 from training.inference.loading import Loaded, load_model
 from training.module import Classifier
@@ -218,7 +218,9 @@ def test(trainer: Trainer, module: Classifier, data: ImageData, split: str, fold
         module.predictions = module.predictions.with_accepted(data.splits.accepted)
     figures = compute_figures(module.predictions, module.classes)
     if trainer.is_global_zero:
-        Console(markup=False).print(figures_table(figures, title))
+        console = Console(markup=False)
+        console.print(figures_table(figures, title))
+        console.print(summary_line(figures), soft_wrap=True, highlight=False)
         write_figures(figures, folder)
     return figures
 

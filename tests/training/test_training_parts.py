@@ -1,6 +1,7 @@
 """Sampling, splitting, figures, optimizer groups and schedule, each by itself."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models  # noqa: F401  (registers the zoo)
+import models
+from training.attention import attention_panels
+from training.checkpoint import SavedRun, check_resumable
 from training.config import AugmentationConfig, DigitsConfig, OptimizerConfig, ScheduleConfig
 from training.data import open_splits
 from training.data.images import ImageReader, stratified_split
@@ -142,3 +145,23 @@ def test_constant_schedule_holds_the_rate() -> None:
     for update in (0, 1, 77, 149):
         schedule.step_update(update)
         assert optimizer.param_groups[0]["lr"] == 5e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attention_is_drawn_of_models_trained_in_any_type(dtype: torch.dtype) -> None:
+    model = timm.create_model("dinat_mini", embed_dim=32, depths=(1, 1, 1, 1)).to(dtype).eval()
+    (panels,) = attention_panels(model, torch.randn(1, 3, 64, 64), DigitsConfig())
+    assert [panel["caption"] for panel in panels] == models.attention_layers(model)
+
+
+def test_a_resumed_run_may_have_other_workers_but_says_what_changes_it() -> None:
+    def description(**data: int) -> dict:
+        return {
+            "model": {"name": "nat_mini", "kwargs": {}},
+            "classes": [],
+            "config": {"seed": 0, "data": data, "augmentation": {}, "optimizer": {}, "schedule": {}},
+        }
+
+    saved = SavedRun(Path("last.ckpt"), {"fastna": description(workers=4, batch_size=8)})
+    assert check_resumable(saved, description(workers=2, batch_size=8)) == []
+    assert check_resumable(saved, description(workers=2, batch_size=9)) == ["data.batch_size was 8 and is now 9"]
