@@ -71,6 +71,8 @@ def train(config: TrainConfig) -> Outcome:
     if getattr(config.data, "labels", None) is not None:
         raise ConfigError(f"data.labels={config.data.labels}: the set serves evaluation only (eval.py)")
     splits = open_splits(config.data)
+    if len(splits.train.targets) == 0:
+        raise DataError(f"data={config.data.name} has no training images: there is no folder train")
     if len(splits.classes) < 2:
         raise DataError(f"data={config.data.name} has one class, {splits.classes[0]!r}: there is nothing to tell apart")
     arguments = model_arguments(config.model, len(splits.classes), config.data.in_chans, config.data.image_size)

@@ -103,7 +103,7 @@ def test_v2_folders_are_class_numbers_not_alphabetical(world: World) -> None:
     world.check(found, [world.picture_for(label) for label in labels], [[label] for label in labels], labels)
 
 
-def test_real_takes_any_of_several_labels_and_leaves_out_images_without_one(world: World) -> None:
+def test_imagenet_needs_validation_images_only_and_real_takes_any_of_several_labels(world: World) -> None:
     """Numbers run across classes as in the validation set: image i is of class (7 i) mod 1000."""
     random = np.random.default_rng(0)
     accepted: list[list[int]] = []
@@ -124,6 +124,10 @@ def test_real_takes_any_of_several_labels_and_leaves_out_images_without_one(worl
     kept = [number for number in range(1000) if accepted[number]]
     assert len(kept) == 750
     world.check(found, [pictures[number] for number in kept], [accepted[number] for number in kept], range(1000))
+    plain = world.evaluate("in1k", f"data.root={world.folder / 'in1k'}")
+    world.check(plain, pictures, [[7 * number % 1000] for number in range(1000)], range(1000))
+    line = run("train.py", "data=imagenet", f"data.root={world.folder / 'in1k'}", check=False).error
+    assert "data=imagenet has no training images" in line
 
 
 def test_sketch_and_calibration(world: World) -> None:

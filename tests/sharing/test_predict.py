@@ -135,6 +135,11 @@ def test_what_cannot_be_used_is_refused_in_one_line(checkpoint, arguments, said)
     assert said in run("scripts/predict.py", *arguments, check=False).error
 
 
+def test_the_folder_of_a_run_is_answered_with_its_checkpoint(trained, checkpoint, pictures) -> None:
+    line = run("scripts/predict.py", pictures, "--checkpoint", trained, check=False).error
+    assert line.endswith(f"did you mean {checkpoint}?")
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_bare_weights_alone_ask_for_their_architecture(exported, pictures, tmp_path, suffix) -> None:
     bare = exported / "model.safetensors"

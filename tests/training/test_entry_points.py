@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from training_runs import draw_classes, run, start
+from training_runs import ROOT, draw_classes, run, start
 
 import models
 
@@ -203,3 +203,10 @@ def test_eval_repeats_the_figures_of_the_run(short_run: Path, tmp_path: Path) ->
     confusion = pd.read_csv(tmp_path / "confusion.csv", index_col=0)
     assert confusion.to_numpy().sum() == ours["images"]
     assert confusion.to_numpy().trace() / ours["images"] == pytest.approx(ours["top1"])
+
+
+def test_a_sweep_leaves_what_hydra_writes_with_the_runs(tmp_path: Path, capsys) -> None:
+    start("train", "-m", "experiment=digits", "trainer.fast_dev_run=true", "seed=1,2", f"output_root={tmp_path}/runs")
+    assert capsys.readouterr().out.count("run folder") == 2
+    assert (tmp_path / "runs" / "multirun.yaml").is_file()
+    assert not (ROOT / "multirun.yaml").exists()

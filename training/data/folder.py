@@ -55,10 +55,10 @@ def scan(folder: Path, classes: list[str], decoder: Decoder) -> ImageFiles:
     found = {path.name: path for path in class_folders(folder)}
     for name in classes:
         if name not in found:
-            raise DataError(f"{folder} has no folder for class {name!r}, which the training images have")
+            raise DataError(f"{folder} has no folder for class {name!r}, one of the {len(classes)} expected")
     for name, path in found.items():
         if name not in classes:
-            raise DataError(f"class folder {path} is unknown: the training images have no class {name!r}")
+            raise DataError(f"class folder {path} is unknown: {name!r} is none of the {len(classes)} expected")
     paths: list[Path] = []
     targets: list[int] = []
     for target, name in enumerate(classes):

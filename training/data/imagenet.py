@@ -26,16 +26,19 @@ from training.errors import DataError
 
 
 def open_imagenet(config: ImageNetConfig) -> Splits:
-    """ImageNet-1k; classes are synset identifiers in alphabetical order, as in every published checkpoint."""
+    """ImageNet-1k; classes are synset identifiers in alphabetical order, as in every published checkpoint.
+
+    For an evaluation the validation images are enough: without a folder `train` there is nothing to train on.
+    """
     if config.labels is not None:
         return open_evaluation_set(config)
     root, decoder = Path(config.root).expanduser(), Decoder(config.draft)
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise DataError(f"data.root: there is no folder {root / part}; expected ROOT/{{train,val}}/SYNSET/IMAGE")
-    classes = [path.name for path in class_folders(root / "train")]
+    train = root / "train"
+    if not (root / "val").is_dir():
+        raise DataError(f"data.root: there is no folder {root / 'val'}; expected ROOT/{{train,val}}/SYNSET/IMAGE")
+    classes = [path.name for path in class_folders(train if train.is_dir() else root / "val")]
     val = scan(root / "val", classes, decoder)
-    return Splits(classes, scan(root / "train", classes, decoder), val, val)
+    return Splits(classes, scan(train, classes, decoder) if train.is_dir() else Selection(val, []), val, val)
 
 
 def open_evaluation_set(config: ImageNetConfig) -> Splits:

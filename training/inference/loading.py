@@ -9,7 +9,6 @@
 Nothing in a file is ever run: pickles are read with `weights_only=True`, and a file can name registered models only.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from torch import nn
 import models
 from models.checkpoints import native_state_dict
 from training.build import create_model
-from training.checkpoint import SavedRun, read_run
+from training.checkpoint import BEST, FOLDER, SavedRun, read_run
 from training.config import DataConfig
 from training.errors import CheckpointError, ConfigError, one_line
-
-log = logging.getLogger(__name__)
 
 SOURCES = ("local-dir:", "hf-hub:")
 
@@ -113,10 +110,9 @@ def _bare_weights(path: Path, architecture: str) -> Loaded:
             if first is not None:
                 arguments["in_chans"] = first.shape[1]
         model = create_model(architecture, arguments)
-        report = models.load_checkpoint(model, path)
+        models.load_checkpoint(model, path)
     except models.CheckpointError as error:
         raise CheckpointError(error) from error
-    log.info("%s", report)
     return _from_timm(str(path), model, architecture, arguments)
 
 
@@ -125,7 +121,9 @@ def _timm_format(source: str) -> Loaded:
         model = timm.create_model(source, pretrained=True)
     except Exception as error:  # a damaged file or folder fails in json, pickle, safetensors, torch or timm
         reason = one_line(str(error)).split(". ")[0]
-        raise CheckpointError(f"cannot load {source}: {type(error).__name__}: {reason}") from error
+        best = Path(source.removeprefix(SOURCES[0])) / FOLDER / BEST
+        hint = f"; did you mean {best}?" if best.is_file() else ""
+        raise CheckpointError(f"cannot load {source}: {type(error).__name__}: {reason}{hint}") from error
     return _from_timm(source, model, model.pretrained_cfg["architecture"], dict(getattr(model, "_model_args", {})))
 
 
