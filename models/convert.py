@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models._features import FeatureGetterNet
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,8 +151,8 @@ def convert_attention(
     """Replace the attention of a timm vision transformer by neighborhood attention, in place; returns the model.
 
     Args:
-        model: a `VisionTransformer` or `Eva` of timm (ViT, DeiT, DINO, DINOv2, DINOv3, EVA-02). Make it with
-            `dynamic_img_size=True` to feed it any resolution.
+        model: a `VisionTransformer` or `Eva` of timm (ViT, DeiT, DINO, DINOv2, DINOv3, EVA-02), or one made with
+            `features_only=True`. Make it with `dynamic_img_size=True` to feed it any resolution.
         window: patches that a patch attends to, for both axes or per axis. One that covers the map changes nothing.
         dilation: of every block, or one per block.
         backend: one of `kernels`' backends; None lets `kernels` choose.
@@ -159,8 +160,9 @@ def convert_attention(
     Raises ValueError for a model without such attention, one that drops patches or attention weights, and for a window
     or dilation below 1 or a wrong number of dilations.
     """
-    blocks: Any = getattr(model, "blocks", None)
-    patch_embed: Any = getattr(model, "patch_embed", None)
+    transformer: Any = model.model if isinstance(model, FeatureGetterNet) else model
+    blocks: Any = getattr(transformer, "blocks", None)
+    patch_embed: Any = getattr(transformer, "patch_embed", None)
     kinds = (Attention, AttentionRope, EvaAttention, ConvertedAttention)
     if (
         not isinstance(blocks, nn.Sequential | nn.ModuleList)
@@ -168,8 +170,8 @@ def convert_attention(
         or not all(isinstance(getattr(block, "attn", None), kinds) for block in blocks)
     ):
         raise ValueError(
-            f"model = {type(model).__name__}: its attention cannot be converted; it must be a plain vision transformer "
-            "of timm, such as vit_small_patch14_dinov2"
+            f"model = {type(transformer).__name__}: its attention cannot be converted; it must be a plain vision "
+            "transformer of timm, such as vit_small_patch14_dinov2"
         )
     windows = (window, window) if isinstance(window, int) else tuple(window)
     dilations = [dilation] * len(blocks) if isinstance(dilation, int) else list(dilation)
@@ -177,7 +179,7 @@ def convert_attention(
         raise ValueError(f"window = {window}: one int of at least 1, or one per axis")
     if len(dilations) != len(blocks) or min(dilations) < 1:
         raise ValueError(f"dilation = {dilation}: one int of at least 1, or one for each of the {len(blocks)} blocks")
-    if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
+    if not isinstance(getattr(transformer, "patch_drop", None), nn.Identity | None):
         raise ValueError("model: it drops patches, which tears the map apart; make it with patch_drop_rate=0")
     originals: list[Any] = [block.attn for block in blocks]
     if any(original.attn_drop.p > 0 for original in originals):
@@ -187,7 +189,7 @@ def convert_attention(
     else:
         grid = _Grid()
         patch_embed.register_forward_pre_hook(grid.record)
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    prefix = int(getattr(transformer, "num_prefix_tokens", 0))
     for block, original, d in zip(blocks, originals, dilations, strict=True):
         block.attn = ConvertedAttention(original, prefix, windows, (d, d), grid, backend)
     return model

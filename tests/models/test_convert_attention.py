@@ -81,6 +81,16 @@ def test_it_trains_at_high_resolution():
 
 
 @torch.no_grad()
+def test_a_backbone_of_features_is_converted_within():
+    backbone = timm.create_model("vit_tiny_patch16_224", features_only=True, depth=3, dynamic_img_size=True)
+    images = torch.randn(1, 3, 80, 112)
+    whole = backbone.eval()(images)
+    assert convert_attention(backbone, window=7) is backbone
+    torch.testing.assert_close(backbone(images), whole, rtol=1e-4, atol=1e-4)  # the window holds the map of 5 x 7
+    convert_attention(backbone, window=3)
+    assert not torch.allclose(backbone(images)[-1], whole[-1], rtol=1e-3)
+
+
 def test_it_compiles_and_exports():
     model = convert_attention(make("vit_small_patch16_dinov3", depth=1), window=3)
     x = images(model, 5, 6)
