@@ -28,7 +28,8 @@ from training.data.decode import Decoder
 from training.data.folder import scan
 from training.errors import ConfigError, UserError
 from training.evaluation import Predictions
-from training.inference.compare import Comparison, answer, compare, write_comparison
+from training.files import make_folder
+from training.inference.compare import Comparison, answer, compare, require_same_classes, write_comparison
 from training.inference.loading import Loaded, load_model
 from training.inference.predict import PRECISIONS, Runner
 
@@ -47,7 +48,11 @@ def arguments(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=sorted(PRECISIONS), default="32-true")
-    return parser.parse_args(command_line)
+    parsed = parser.parse_args(command_line)
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        if getattr(parsed, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(parsed, name)}: must be {least} or more")
+    return parsed
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
@@ -62,7 +67,9 @@ def run(options: argparse.Namespace) -> None:
     console = Console(markup=False)
     sources = (options.first, options.second)
     first, second = (load_model(s, options.model if Path(s).suffix in BARE else None) for s in sources)
+    require_same_classes(first, second)
     images = chosen_images(options, first)
+    make_folder(options.output)  # refused now, not after both have answered
     runners = [Runner(loaded, options.device, options.precision) for loaded in (first, second)]
     answers: list[Predictions] = []
     with Progress(console=console) as progress:
@@ -73,6 +80,7 @@ def run(options: argparse.Namespace) -> None:
             answers.append(predictions)
     comparison = compare(first, second, (answers[0], answers[1]), images)
     console.print(show(comparison))
+    console.print(sentence(comparison), soft_wrap=True, highlight=False)
     page = write_comparison(comparison, images, options.output)
     for image in broken:
         print(f"unreadable: {image.label}: {image.reason}", file=sys.stderr)
@@ -88,18 +96,21 @@ def chosen_images(options: argparse.Namespace, first: Loaded) -> Images:
 
 
 def show(comparison: Comparison) -> Table:
-    summary = comparison.summary
     table = Table(title="images that each classifies correctly")
     table.add_column("", justify="left")
     table.add_column("second right", justify="right")
     table.add_column("second wrong", justify="right")
     table.add_row("first right", str(comparison.both), str(comparison.only_first))
     table.add_row("first wrong", str(comparison.only_second), str(comparison.neither))
-    table.caption = (
+    return table
+
+
+def sentence(comparison: Comparison) -> str:
+    summary = comparison.summary
+    return (
         f"top-1 {100 * summary['top1_first']:.2f} % and {100 * summary['top1_second']:.2f} % of {comparison.images}"
         f" images, agreement {100 * comparison.agreement:.2f} %, McNemar p = {comparison.p_value:.3g}"
     )
-    return table
 
 
 if __name__ == "__main__":

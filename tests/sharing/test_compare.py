@@ -91,3 +91,13 @@ def test_models_of_other_classes_are_refused(exported, checkpoint, pictures, tmp
     assert "two models can be compared only where their classes are the same" in done.error
     done = run("scripts/compare.py", exported, exported, "--output", tmp_path / "o", check=False)
     assert "give --data FOLDER" in done.error
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--batch-size", "0"], "--batch-size 0: must be 1 or more"), (["--output", "README.md/x"], "cannot be made")],
+)
+def test_what_cannot_be_done_is_refused_before_the_work(checkpoint, tmp_path, options, said) -> None:
+    done = run("scripts/compare.py", checkpoint, checkpoint, "--output", tmp_path / "o", *options, check=False)
+    assert said in (done.code if isinstance(done.code, str) else done.err)
+    assert "0%" not in done.out

@@ -82,12 +82,11 @@ class Comparison:
         }
 
 
-def compare(first: Loaded, second: Loaded, answers: tuple[Predictions, Predictions], images: Images) -> Comparison:
-    """Compare what both models said of the images that both could read.
+def require_same_classes(first: Loaded, second: Loaded) -> None:
+    """Whether two models can be compared at all.
 
     Raises:
         CheckpointError: the models have different classes.
-        DataError: there is no image to compare on.
     """
     classes = first.classes
     if classes != second.classes:
@@ -95,6 +94,17 @@ def compare(first: Loaded, second: Loaded, answers: tuple[Predictions, Predictio
             f"{first.source} has {len(classes)} classes, {second.source} {len(second.classes)};"
             " two models can be compared only where their classes are the same in the same order"
         )
+
+
+def compare(first: Loaded, second: Loaded, answers: tuple[Predictions, Predictions], images: Images) -> Comparison:
+    """Compare what both models said of the images that both could read.
+
+    Raises:
+        CheckpointError: the models have different classes.
+        DataError: there is no image to compare on.
+    """
+    require_same_classes(first, second)
+    classes = first.classes
     one, two = answers
     if len(one.target) == 0:
         raise DataError("there is no readable image to compare on")
