@@ -88,7 +88,9 @@ class Classifier(LightningModule):
         if self.config.trainer.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.config.trainer.compile:
-            self.model.compile()
+            # FSDP's hooks cut the graph at every block. Compiled for any shape at once, which the levels' unlike maps
+            # lead PyTorch to, some of these pieces fail in its C++ generator; images have one size anyway.
+            self.model.compile(dynamic=False if self.config.trainer.strategy == "fsdp" else None)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """timm's optimizer and its schedule, counted in updates."""
