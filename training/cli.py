@@ -1,9 +1,12 @@
 """The frame around an entry point: Hydra composes, errors of the user's become one line."""
 
+import atexit
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
 import torch
@@ -21,6 +24,32 @@ def run_command(config_name: str, command: Callable[[DictConfig], None]) -> None
     Ends the process with 1 and one line on standard error where the cause is a configuration, a data set or a
     checkpoint. Everything else is a bug and keeps its traceback.
     """
+    errors = _run(config_name, command)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not errors:
+            torch.distributed.destroy_process_group()
+        _leave(1 if errors else 0)
+    if errors:
+        raise SystemExit(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends one process of several as the interpreter would, but for taking itself apart.
+
+    gloo's threads let go of a collective's tensors when they find the time. A thread that asks for the interpreter
+    while it is taken apart is ended by CPython in the middle of a C++ destructor: a complete run would abort.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(config_name: str, command: Callable[[DictConfig], None]) -> list[str]:
+    """Runs the command; what was wrong, a line each, where it was the user's."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing several lines and exiting
     register_schemas()
     failures: list[UserError] = []
@@ -35,21 +64,13 @@ def run_command(config_name: str, command: Callable[[DictConfig], None]) -> None
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_DIRECTORY, config_name=config_name)(guarded)()
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return [describe(error)]
     except AssertionError as error:  # OmegaConf's, where a key is set within a group that is null
         if "Unexpected type for root" not in str(error):
             raise
         key = next((word for word in sys.argv[1:] if word.startswith("data.")), "a key")
-        print(f"error: {key}: no data set is named here to set it for; give data=... as well", file=sys.stderr)
-        raise SystemExit(1) from None
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    if failures:
-        raise SystemExit(1)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Left to the interpreter's end, gloo's threads may outlive what they use, and abort a run that is complete.
-        torch.distributed.destroy_process_group()
+        return [f"{key}: no data set is named here to set it for; give data=... as well"]
+    return [str(failure) for failure in failures]
 
 
 def describe(error: BaseException) -> str:

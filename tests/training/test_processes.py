@@ -123,3 +123,43 @@ def test_the_slurm_launcher_is_configured() -> None:
     shown = run("train.py", "hydra/launcher=slurm", "--cfg", "hydra").stdout
     assert "submitit" in shown
     assert "signal_delay_s" in shown
+
+
+WITNESS = """
+import atexit, sys
+import torch
+from training.cli import run_command
+from training.errors import UserError
+
+class Witness:
+    def __del__(self):
+        print("taken apart")
+
+def main(config):
+    torch.distributed.init_process_group("gloo", init_method="file://" + config.output_dir, rank=0, world_size=1)
+    print("complete")
+    if FAILS:
+        raise UserError("something is wrong")
+
+witness = Witness()
+atexit.register(print, "farewell")
+run_command("train", main)
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_one_of_several_leaves_without_taking_the_interpreter_apart(tmp_path: Path, fails: bool) -> None:
+    """gloo's threads may still hold tensors then, and ask for an interpreter that is going: the process would abort."""
+    program = WITNESS.replace("FAILS", str(fails))
+    settings = ["experiment=digits", f"output_dir={tmp_path / 'store'}", "hydra.run.dir=."]
+    done = subprocess.run(
+        [*command("-c", program), *settings],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "complete\nfarewell\n", done.stderr
+    assert done.returncode == int(fails)
+    assert ("error: something is wrong" in done.stderr) == fails
