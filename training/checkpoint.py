@@ -20,7 +20,7 @@ from training.config import DataConfig, TrainConfig, data_from_plain
 from training.errors import CheckpointError, one_line
 
 FORMAT = 1
-CHANGE_NOTHING = {"workers"}  # keys that may differ in a resumed run: it ends with the same bits
+CHANGE_NOTHING = {"workers", "worker_timeout"}  # keys that may differ in a resumed run: it ends with the same bits
 LAST, BEST = "last.ckpt", "best.ckpt"
 FOLDER = "checkpoints"
 

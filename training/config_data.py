@@ -27,6 +27,7 @@ class DataConfig:
     batch_size: int = 64
     eval_batch_size: int | None = None  # null: batch_size
     workers: int = field(default_factory=default_workers)
+    worker_timeout: float = 600.0  # seconds without a batch after which the run stops and says who hangs; 0: never
     image_size: int = 224
     in_chans: int = 3
     interpolation: str = "bicubic"  # of evaluation
@@ -42,6 +43,7 @@ class DataConfig:
         size = self.eval_batch_size
         require(size is None or size >= 1, "data.eval_batch_size", size, "1 or more")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.worker_timeout >= 0, "data.worker_timeout", self.worker_timeout, "0 or more")
         require(self.image_size >= 1, "data.image_size", self.image_size, "1 or more")
         require(self.in_chans in (1, 3), "data.in_chans", self.in_chans, "1 (grey) or 3 (RGB)")
         require_choice("data.interpolation", self.interpolation, INTERPOLATIONS[:-1])

@@ -180,6 +180,13 @@ def test_a_worker_that_dies_before_the_loader_knows_it_is_named() -> None:
         raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")
 
 
+def test_workers_that_hang_are_named() -> None:
+    loader = LazyLoader(Fatal(lambda: time.sleep(60)), num_workers=1, batch_sampler=[[0]], timeout=0.2)
+    named = r"no batch for 0.2 s \(data.worker_timeout\): worker 0 \(process \d+\) read fatal.jpg last; "
+    with pytest.raises(DataError, match=named), dead_workers_named([loader]):
+        next(iter(loader))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("reader", "more"),

@@ -137,6 +137,7 @@ class ImageData(LightningDataModule):
             batch_sampler=batches,
             collate_fn=collate_pixels if isinstance(reader, PixelReader) else collate,
             num_workers=self.config.workers,
+            timeout=self.config.worker_timeout if self.config.workers else 0,
             persistent_workers=self.config.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -1,4 +1,4 @@
-"""Data worker processes: what each is reading, so that one that dies can be named with the image it died on."""
+"""Data worker processes: what each is reading, so that one that dies or hangs can be named with the image it read."""
 
 import os
 import re
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from training.errors import DataError, one_line
 
 NOTHING = -1
+TIMED_OUT = re.compile(r"DataLoader timed out after (?P<seconds>[\d.]+) seconds")
 DIED = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?P<how>.*)", re.DOTALL)
 
 
@@ -73,21 +74,34 @@ class LazyLoader(DataLoader):
 
 @contextmanager
 def dead_workers_named(loaders: list[LazyLoader]) -> Iterator[None]:
-    """Makes a worker's death, which torch reports from wherever the main process happens to be, one line.
+    """Makes a worker's death or hang, which torch reports from wherever the main process happens to be, one line.
 
     Args:
         loaders: looked through when it happens, so it may grow until then.
 
     Raises:
-        DataError: a worker has died; names it, what ended it, and the image that it was reading.
+        DataError: a worker has died; names it, what ended it, and the image that it was reading. Or no batch has come
+            for `data.worker_timeout` seconds; names what each worker was reading.
     """
     try:
         yield
     except RuntimeError as error:
+        if late := TIMED_OUT.search(str(error)):
+            raise DataError(describe_hang(loaders, late["seconds"])) from error
         found = DIED.search(str(error))
         if found is None:
             raise
         raise DataError(describe_death(loaders, found)) from error
+
+
+def describe_hang(loaders: list[LazyLoader], seconds: str) -> str:
+    """What the workers of the loaders were doing that have any: which of them is waited for, torch does not say."""
+    notes = []
+    for loader in loaders:
+        for worker, (pid, index) in enumerate(loader.notes.table.tolist() if loader.processes else ()):
+            did = "has read nothing" if index == NOTHING else f"read {loader.dataset.images.label(index)} last"
+            notes.append(f"worker {worker} " + ("has not started" if pid == NOTHING else f"(process {pid}) {did}"))
+    return f"no batch for {seconds} s (data.worker_timeout): {', '.join(notes)}; go on with resume=last"
 
 
 def describe_death(loaders: list[LazyLoader], found: re.Match[str]) -> str:
