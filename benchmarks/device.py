@@ -44,8 +44,11 @@ def _processor_fact(name: str, unit: str = "") -> str:
 
 
 def commit() -> str:
-    """The commit measured, `-dirty` behind it where files differ; where git is not at hand, what FASTNA_COMMIT says."""
-    return os.environ.get("FASTNA_COMMIT") or _output("git", "describe", "--always", "--dirty", "--exclude", "*")
+    """The commit measured, `-dirty` behind it where more than results differs; without git, what FASTNA_COMMIT says."""
+    if stated := os.environ.get("FASTNA_COMMIT"):
+        return stated
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")
+    return _output("git", "rev-parse", "--short", "HEAD") + ("-dirty" if changed not in ("", "unknown") else "")
 
 
 def _clocks(device: torch.device) -> dict[str, str]:
