@@ -22,8 +22,8 @@ MODULES = {
     "reference": "kernels.reference",
 }
 
-# Measured on an AMD EPYC, float32, head_dim 64: `native` takes 0.4 of `tiled`'s time at 13 x 13 keys, 0.75 at 21 x 21,
-# 1.2 at 33 x 33, where the products of `tiled` are large enough for a BLAS.
+# Forward and backward together, float32 (results/amd-epyc/kernels-ablation-window.jsonl): `native` takes 0.5 of `tiled`'s
+# time at 13 x 13 keys, 0.8 at 21 x 21, 1.15 at 33 x 33, where the products of `tiled` are large enough for a BLAS.
 NATIVE_KEYS = 512
 
 
