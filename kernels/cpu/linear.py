@@ -27,6 +27,7 @@ def _is_amd() -> bool:
 ONEDNN_IS_FASTER = (
     torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and _is_amd()
 )
