@@ -22,8 +22,8 @@ MODULES = {
     "reference": "kernels.reference",
 }
 
-# Forward and backward together, float32 (results/amd-epyc/kernels-ablation-window.jsonl): `native` takes 0.5 of the time
-# of `tiled` at 13 x 13 keys, 0.8 at 21 x 21, 1.15 at 33 x 33, where the products of `tiled` are large enough for a BLAS.
+# Forward and backward together, float32 (results/amd-epyc/kernels-ablation-window.jsonl): `native` takes 0.5 of the
+# time of `tiled` at 13 x 13 keys, 0.8 at 21 x 21, 1.15 at 33 x 33, where products are large enough for a BLAS.
 NATIVE_KEYS = 512
 
 
