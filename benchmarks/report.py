@@ -14,7 +14,6 @@ import pandas as pd
 
 from benchmarks import plots, summary
 from benchmarks.cases import SAMPLES
-from benchmarks.data import STEPS
 from benchmarks.floors import Ceilings, ceilings_from
 from benchmarks.models import GPU_BACKENDS, PAPER, label, paper_gain
 from benchmarks.plots import Picture
@@ -156,7 +155,8 @@ def compare_models(new: pd.DataFrame, old: pd.DataFrame) -> pd.DataFrame:
 
 def data_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Microseconds per image of each step, images/s of a core and its slowest step, for each reader and decoder."""
-    shown = frame[["reader", "decoder", *(f"{step}_us" for step in STEPS), "images_per_second_per_core", "bottleneck"]]
+    steps = [name for name in frame.columns if name.endswith("_us")]
+    shown = frame[["reader", "decoder", *steps, "images_per_second_per_core", "bottleneck"]]
     return shown.rename(
         columns=lambda name: name.removesuffix("_us").replace("images_per_second_per_core", "images/s per core")
     )

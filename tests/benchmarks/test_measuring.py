@@ -416,3 +416,15 @@ def test_the_command_lines_measure_report_and_compare(tmp_path):
     run("profile_model.py", "nat_mini", "--batch", 1, "--device", "cpu", "--precision", "float32", "--trace", trace)
     spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X"]
     assert any(event["name"].startswith("fastna::") and event["dur"] > 0 for event in spans)
+
+
+def test_what_runs_on_a_gpu_machine_needs_no_training_stack():
+    names = ["benchmark", "benchmark_kernels", "benchmark_models", "benchmark_tiles", "benchmark_host", "report"]
+    names += ["compile_kernels", "profile_model", "sanitize", "simulate"]
+    program = (
+        "import runpy, sys\n"
+        "for name in ('hydra', 'omegaconf', 'webdataset', 'datasets'): sys.modules[name] = None\n"
+        "for path in sys.argv[1:]: runpy.run_path(path)\n"
+    )
+    paths = [str(ROOT / "scripts" / f"{name}.py") for name in names]
+    subprocess.run([sys.executable, "-c", program, *paths], check=True, cwd=ROOT)

@@ -113,7 +113,7 @@ def exact_float32() -> Iterator[None]:
     """float32 is exact unless a test allows TF32."""
     if not torch.cuda.is_available():
         pytest.fail("tests/gpu needs a CUDA device, and PyTorch sees none")
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
