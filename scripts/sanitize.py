@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -116,14 +116,15 @@ def main() -> int:
         return 2
     print("compiling the kernels first, under no tool", flush=True)
     subprocess.run([sys.executable, __file__, "--selection"], env=os.environ | {"FASTNA_LINEINFO": "1"}, check=True)
-    tools = options.tool or TOOLS
+    worst = 0
     with ThreadPoolExecutor() as pool:  # side by side: a tool leaves the GPU idle most of the time
-        answers = dict(zip(tools, pool.map(sanitize, tools), strict=True))
-    for tool, (_, printed) in answers.items():
-        print(f"===== {tool}\n{printed}")
-    for tool, (code, _) in answers.items():
-        print(f"{tool}: {'clean' if code == 0 else 'found something' if code == FINDINGS else f'failed with {code}'}")
-    return max(code for code, _ in answers.values())
+        running = {pool.submit(sanitize, tool): tool for tool in options.tool or TOOLS}
+        for done in as_completed(running):
+            code, printed = done.result()
+            verdict = "clean" if code == 0 else "found something" if code == FINDINGS else f"failed with {code}"
+            print(f"===== {running[done]}\n{printed}\n{running[done]}: {verdict}", flush=True)
+            worst = max(worst, code)
+    return worst
 
 
 if __name__ == "__main__":
