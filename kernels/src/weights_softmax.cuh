@@ -44,19 +44,26 @@ FASTNA_DEVICE void weights_softmax(const WeightsSoftmaxArguments& args) {
       cut = window_box<Config::RANK>(geometry, at.group, at.position).size;
     }
   }
+  // What was never written, behind the row or outside the window, is not read either.
   const auto scores_at = [&](float(&scores)[VECTOR<T>], int first) {
-    unpack_vector<T>(scores, load_global_16(weights + first));
+    bool present[VECTOR<T>], all = true;
     FASTNA_UNROLL
     for (int i = 0; i < VECTOR<T>; ++i) {
       const int column = first + i;
-      bool present = column < columns;
+      present[i] = column < columns;
       if constexpr (Config::MASKED) {
         if (column < in_window) {
           const Point place = unravel<Config::RANK>(column, geometry.axis[1].window, geometry.axis[2].window);
-          present &= in_box<Config::RANK>({{0, 0, 0}}, cut, place);
+          present[i] &= in_box<Config::RANK>({{0, 0, 0}}, cut, place);
         }
       }
-      if (!present) scores[i] = -infinity();
+      all &= present[i];
+    }
+    if (all) {
+      unpack_vector<T>(scores, load_global_16(weights + first));
+    } else {
+      FASTNA_UNROLL
+      for (int i = 0; i < VECTOR<T>; ++i) scores[i] = present[i] ? to_float(weights[first + i]) : -infinity();
     }
   };
 

@@ -133,11 +133,12 @@ FASTNA_DEVICE void clear_padding(u8* tiles, int count) {
   }
 }
 
-// The warp's 16 rows of a product, times factor[0] (rows g) and factor[1] (rows g + 8), to its rows of a tile.
+// The warp's 16 rows of a product, times factor[0] (rows g) and factor[1] (rows g + 8), to its rows of a tile, which it alone has read.
 template <class T, int HEAD_DIM>
 FASTNA_DEVICE void stage_rows(u8* tile, const float (&rows)[HEAD_DIM / 8][4], float factor0, float factor1) {
   using Layout = TokenLayout<HEAD_DIM>;
   const int lane = lane_index(), g = lane / 4, q = lane % 4;
+  sync_warp();  // every lane has read
   FASTNA_UNROLL
   for (int c = 0; c < HEAD_DIM / 8; ++c) {
     u8* at = tile + warp_index() * 16 * Layout::BYTES + Layout::offset(g, c) + q * 4;
