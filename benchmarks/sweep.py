@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -41,15 +42,15 @@ def compile_ahead(cases: Sequence[Case], names: Sequence[str], device: torch.dev
         return 0
     dry = DryRuntime(runtime.properties(device))
     with use_runtime(device.type, dry):
-        for case in cases:
-            one = case.replace(batch=1)
-            inputs = make_inputs(one, device, 0, gradient)
-            for name in set(names) & set(BACKENDS):
-                if _out_of_reach(name, one, device) is None:
-                    prepared = METHODS[name](one, inputs, gradient)
-                    prepared.forward()
-                    if prepared.backward:
-                        prepared.backward()
+        for case in cases:  # in their own batch, on which the choice of a kernel may depend
+            with contextlib.suppress(torch.OutOfMemoryError):
+                inputs = make_inputs(case, device, 0, gradient)
+                for name in set(names) & set(BACKENDS):
+                    if _out_of_reach(name, case, device) is None:
+                        prepared = METHODS[name](case, inputs, gradient)
+                        prepared.forward()
+                        if prepared.backward:
+                            prepared.backward()
     runtime.prepare(dry.asked, device)
     return len(dry.asked)
 
