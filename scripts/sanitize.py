@@ -38,36 +38,47 @@ CALLS = (
     ((70,), (33,), (2,), 1, True),
     ((5, 6, 7), (3, 2, 5), (1, 1, 1), 1, False),
 )
+Call = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
+MANY = 80  # maps, of two heads each
 FINDINGS = 99  # exit code of a tool that found something
 
 
 def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Every call of every backend and type, forward and backward, with bias and additional keys: name and results."""
+    """Calls of every backend and type, forward and backward, with bias and additional keys: name and results."""
+    for backend, dtype, call, extra in itertools.product(BACKENDS, DTYPES, CALLS, (0, 3)):
+        yield f"{backend}, {dtype}, space {call[0]}", results(device, backend, dtype, call, 2, 32, extra)
+    for dtype, head_dim in itertools.product(DTYPES[1:], (32, 64)):  # for kernels whose blocks walk down many maps
+        call = ((16, 24), (7, 7), (1, 1), 1, False)
+        yield f"many maps, {dtype}, head_dim {head_dim}", results(device, "fused", dtype, call, MANY, head_dim, 0)
+
+
+def results(
+    device: torch.device, backend: str, dtype: torch.dtype, call: Call, batch: int, head_dim: int, extra: int
+) -> list[torch.Tensor]:
+    """Output, lse and all gradients of one call of two heads."""
+    space, window, dilation, stride, causal = call
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_()
 
-    for backend, dtype, call, extra in itertools.product(BACKENDS, DTYPES, CALLS, (0, 3)):
-        space, window, dilation, stride, causal = call
-        qkv = [normal(2, *space, 2, 32, dtype=dtype) for _ in range(3)]
-        rpb = normal(2, *(2 * k - 1 for k in window), dtype=dtype)
-        more = [normal(2, extra, 2, 32, dtype=dtype) for _ in range(2)] if extra else [None, None]
-        output, lse = neighborhood_attention(
-            *qkv,
-            window,
-            dilation=dilation,
-            stride=stride,
-            is_causal=causal,
-            rpb=rpb,
-            additional_keys=more[0],
-            additional_values=more[1],
-            return_lse=True,
-            backend=backend,
-        )
-        (output.float().square().sum() + lse.sum()).backward()
-        gradients = [t.grad for t in (*qkv, rpb, *more) if t is not None]
-        yield f"{backend}, {dtype}, space {space}", [output, lse, *gradients]
+    qkv = [normal(batch, *space, 2, head_dim) for _ in range(3)]
+    rpb = normal(2, *(2 * k - 1 for k in window))
+    more = [normal(batch, extra, 2, head_dim) for _ in range(2)] if extra else [None, None]
+    output, lse = neighborhood_attention(
+        *qkv,
+        window,
+        dilation=dilation,
+        stride=stride,
+        is_causal=causal,
+        rpb=rpb,
+        additional_keys=more[0],
+        additional_values=more[1],
+        return_lse=True,
+        backend=backend,
+    )
+    (output.float().square().sum() + lse.sum()).backward()
+    return [output, lse, *(t.grad for t in (*qkv, rpb, *more) if t is not None and t.grad is not None)]
 
 
 def kernels_of_selection(device: torch.device) -> list[KernelSource]:

@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(HERE)]
 import sanitize  # noqa: E402
 import test_fuzz  # noqa: E402
 import test_golden  # noqa: E402
+import test_many_maps  # noqa: E402
 from random_problems import run  # noqa: E402
 
 from kernels.cuda import jit  # noqa: E402
@@ -45,6 +46,11 @@ def golden() -> None:
         for dtype in test_golden.TOLERANCES:
             for backend in test_golden.BACKENDS:
                 test_golden.answers(case, dtype, backend, CPU)
+
+
+def many_maps() -> None:
+    for seed in range(test_many_maps.CALLS):
+        run(test_many_maps.many_maps(seed, CPU), "fused")
 
 
 def selection() -> None:
@@ -74,7 +80,12 @@ def main() -> int:
     os.environ["FASTNA_CACHE_DIR"] = str(options.cache)
     deadline = time.monotonic() + options.seconds
     missing = 0
-    for name, calls, line_numbers in (("golden", golden, "0"), ("fuzz", fuzz, "0"), ("sanitizer", selection, "1")):
+    for name, calls, line_numbers in (
+        ("golden", golden, "0"),
+        ("many maps", many_maps, "0"),
+        ("fuzz", fuzz, "0"),
+        ("sanitizer", selection, "1"),
+    ):
         os.environ["FASTNA_LINEINFO"] = line_numbers
         sources = sources_of(calls)
         done = compile_all(sources, options.architecture, deadline)
