@@ -72,7 +72,7 @@ _set_sums = SUMS.pointers()
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """What is normalised: `rows` of `channels`, from `dtype` to `output_dtype`; weight and bias are of `weight_dtype`."""
+    """What is normalised: `rows` of `channels`, from `dtype` to `output_dtype`; weight and bias have `weight_dtype`."""
 
     rows: int
     channels: int
@@ -124,7 +124,7 @@ class Tile:
 def choose_tile(channels: int, unit: int, elements: int, step: int) -> Tile:
     """The lanes that leave the fewest idle while each holds at most `elements` of a row; then those nearest to a warp.
 
-    Rows are as many as make `step` elements. A row is read in stretches of at least four lanes: two sectors of 32 bytes.
+    Rows are as many as make `step` elements. A row is read in stretches of four lanes or more: two sectors of 32 bytes.
     """
     vectors = channels // unit
 

@@ -19,6 +19,8 @@ from kernels.cuda.layer_norm import (
     sums_launch,
     why_not,
 )
+from kernels.cuda.runtime import use_runtime
+from kernels.layer_norm import LayerNorm
 
 pytestmark = pytest.mark.usefixtures("emulator")
 
@@ -28,7 +30,7 @@ TOLERANCE = {FULL: 1e-6, HALF: 1e-3, BRAIN: 8e-3}
 
 
 def tensors_of(norm: Norm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, bias and the output's gradient, beside guard pages. The rows lie far from 0, as after a convolution."""
+    """x, weight, bias and the output's gradient, beside guard pages. The rows' means are not 0."""
     generator = torch.Generator().manual_seed(norm.channels)
 
     def normal(*shape: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
@@ -52,7 +54,8 @@ def run(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, gradi
         output, mean, rstd = bind_forward(norm, x.shape, True)(x, weight, bias)
         backward = bind_backward(norm, x.shape, weight is not None, bias is not None)
         gradients = backward(gradient, x, weight, mean, rstd)
-    assert mean is not None and rstd is not None
+    assert mean is not None
+    assert rstd is not None
     variance, average = torch.var_mean(x.double(), -1, correction=0)
     torch.testing.assert_close(mean.double(), average, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rstd.double(), (variance + norm.eps).rsqrt(), rtol=1e-6, atol=0)
@@ -129,8 +132,6 @@ def test_the_same_bits_whatever_the_order(emulator: EmulatorRuntime) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_race_in_shared_memory(seed: int) -> None:
-    from kernels.cuda.runtime import use_runtime
-
     with use_runtime("cpu", EmulatorRuntime(seed, watches_races=True, multiprocessors=1)):
         assert_right(Norm(40, 2048, BRAIN, BRAIN, BRAIN, 1e-5, CPU))
         assert_right(Norm(70, 64, BRAIN, BRAIN, BRAIN, 1e-5, CPU))
@@ -166,3 +167,82 @@ def test_says_why_it_does_not_serve() -> None:
         (10, 64, BRAIN, "meta", "on meta"),
     ):
         assert reason in (why_not(Norm(rows, channels, dtype, dtype, dtype, 1e-5, torch.device(device))) or "")
+
+
+class TestModule:
+    """`kernels.layer_norm.LayerNorm` with the kernels behind it."""
+
+    @pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}], ids=str)
+    def test_gradients(self, emulator: EmulatorRuntime, options: dict[str, bool]) -> None:
+        norm = LayerNorm(64, **options)
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+        exact = torch.nn.LayerNorm(64, **options).double()
+        exact.load_state_dict(norm.state_dict())
+        x = torch.randn(3, 5, 7, 64, requires_grad=True)
+        double = x.detach().double().requires_grad_()
+        gradient = torch.randn(64).expand_as(x)
+        norm(x).backward(gradient)
+        exact(double).backward(gradient.double())
+        assert emulator.launches == (2 if options.get("elementwise_affine") is False else 3)
+        for one, other in zip((x, *norm.parameters()), (double, *exact.parameters()), strict=True):
+            torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(norm(x).double(), exact(double), rtol=1e-5, atol=1e-5)
+
+    def test_gradients_that_nobody_wants(self, emulator: EmulatorRuntime) -> None:
+        norm = LayerNorm(64)
+        norm.weight.requires_grad_(False)
+        norm(torch.randn(3, 64)).sum().backward()
+        assert norm.weight.grad is None
+        torch.testing.assert_close(norm.bias.grad, torch.full((64,), 3.0))
+        norm.requires_grad_(False)
+        emulator.launches = 0
+        x = torch.randn(3, 64, requires_grad=True)
+        norm(x).sum().backward()
+        assert emulator.launches == 2, "no parts, no sum"
+
+    @pytest.mark.parametrize("dtype", [FULL, BRAIN], ids=str)
+    def test_feeding_a_linear_layer_rounds_once(self, dtype: torch.dtype) -> None:
+        """Under autocast: what is given in its type is what float32 would have been rounded to; gradients too."""
+        plain, feeding = LayerNorm(64), LayerNorm(64, feeds_linear=True)
+        results = []
+        for norm in (plain, feeding):
+            x = torch.linspace(-3, 5, 9 * 64).view(9, 64).sin().to(dtype).requires_grad_()
+            linear = torch.nn.Linear(64, 32)
+            torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
+            with torch.autocast("cpu", BRAIN):
+                output = norm(x)
+                linear(output).sum().backward()
+            results.append((output.to(BRAIN), x.grad, norm.weight.grad, norm.bias.grad))
+        assert results[0][0].equal(results[1][0])
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_second_derivative(self, emulator: EmulatorRuntime) -> None:
+        norm = LayerNorm(32)
+        torch.nn.init.normal_(norm.weight)
+        exact = torch.nn.LayerNorm(32).double()
+        exact.load_state_dict(norm.state_dict())
+        x = torch.randn(6, 32)
+
+        def penalty(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+            """Through two layers that share their weights."""
+            x = x.requires_grad_()
+            (gradient,) = torch.autograd.grad(layer(layer(x).sin()).square().sum(), x, create_graph=True)
+            assert emulator.launches in (0, 2), "forward only"
+            return torch.autograd.grad(gradient.square().sum(), (x, layer.weight))
+
+        expected = penalty(exact, x.double())
+        emulator.launches = 0
+        found = penalty(norm, x)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+    def test_another_runtime_is_not_given_calls_bound_for_the_last(self) -> None:
+        x = torch.randn(3, 64)
+        for seed in range(2):
+            other = EmulatorRuntime(seed)
+            with use_runtime("cpu", other):
+                LayerNorm(64)(x)
+            assert other.launches == 1

@@ -1,0 +1,213 @@
+"""LayerNorm on CUDA by kernels of our own, which wait for nothing but memory.
+
+PyTorch's kernel gives every row a block, whatever its length: NAT's rows of 64 to 512 channels then take several times
+what reading and writing them does. `LayerNorm` is `torch.nn.LayerNorm` whose calls on plain tensors go to
+kernels/cuda/layer_norm.py, and to PyTorch's own function everywhere else; `torch.compile` has a kernel as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from kernels import calls
+from kernels.cuda import layer_norm as cuda
+from kernels.cuda import runtime
+from kernels.cuda.arguments import aligned
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    feeds_linear: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm`. Under autocast it reads `x` as it is, and returns float32 as PyTorch's does.
+
+    feeds_linear: under autocast return its type instead. Where a linear layer alone reads the result, which rounds it
+    to that type, the numbers are the same and half as many bytes are written.
+    """
+    if torch.jit.is_scripting() or torch.compiler.is_compiling():
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    call = _find(x, normalized_shape, weight, bias, eps, feeds_linear)
+    if call is None:
+        return F.layer_norm(x, normalized_shape, weight, bias, eps)
+    if call.keeps_statistics:
+        output: Tensor = _LayerNorm.apply(x, weight, bias, call)
+        return output
+    return call(x, weight, bias)[0]
+
+
+torch.fx.wrap("layer_norm")  # tracing records the call instead of looking inside
+
+
+class _Call:
+    """A call worked out (see kernels/calls.py), and its backward passes as soon as they are asked for."""
+
+    def __init__(self, norm: cuda.Norm, shape: torch.Size, keeps_statistics: bool) -> None:
+        self.keeps_statistics = keeps_statistics
+        self._norm = norm
+        self._shape = shape
+        self._forward = cuda.bind_forward(norm, shape, keeps_statistics)
+        self._backward: dict[tuple[bool, bool], cuda.Backward] = {}
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self._forward(x, weight, bias)
+
+    def backward(self, needs_weight: bool, needs_bias: bool) -> cuda.Backward:
+        found = self._backward.get((needs_weight, needs_bias))
+        if found is None:
+            found = cuda.bind_backward(self._norm, self._shape, needs_weight, needs_bias)
+            self._backward[needs_weight, needs_bias] = found
+        return found
+
+
+def _not_served(*tensors: Tensor | None) -> None:
+    raise AssertionError("a call that the kernels do not serve")
+
+
+def _find(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    feeds_linear: bool,
+) -> _Call | None:
+    """What serves a call like this; None where PyTorch does."""
+    if not (_is_plain(x) and _is_eager() and x.shape[-1:] == tuple(normalized_shape)):
+        return None
+    needs_gradient = x.requires_grad
+    addresses = x.data_ptr()
+    for parameter in (weight, bias):
+        if parameter is not None:
+            if not _is_plain(parameter) or parameter.device != x.device or parameter.shape != x.shape[-1:]:
+                return None
+            needs_gradient = needs_gradient or parameter.requires_grad
+            addresses |= parameter.data_ptr()
+    if addresses % calls.ALIGNMENT:
+        return None
+    dtype = x.dtype
+    weight_dtype = dtype if weight is None else weight.dtype
+    if bias is not None and bias.dtype is not weight_dtype:
+        return None
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        output_dtype = torch.get_autocast_dtype(kind) if feeds_linear else torch.float32
+    elif weight_dtype is dtype:
+        output_dtype = dtype
+    else:  # PyTorch's to refuse
+        return None
+    return _worked_out(x, output_dtype, weight_dtype, eps, needs_gradient and torch.is_grad_enabled())
+
+
+def _worked_out(
+    x: Tensor, output_dtype: torch.dtype, weight_dtype: torch.dtype, eps: float, keeps_statistics: bool
+) -> _Call | None:
+    kind = ("layer norm", x.shape, x.dtype, output_dtype, weight_dtype, x.device, eps, keeps_statistics)
+    found = calls.find(kind)
+    if found is None:
+        channels = x.shape[-1]
+        rows = x.numel() // channels if channels else 0
+        norm = cuda.Norm(rows, channels, x.dtype, output_dtype, weight_dtype, eps, x.device)
+        is_served = cuda.why_not(norm) is None
+        found = calls.keep(kind, _Call(norm, x.shape, keeps_statistics) if is_served else _not_served)
+    return found if isinstance(found, _Call) else None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether these are contiguous numbers in the memory of a device that kernels run on, and no subclass."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and runtime.installed_runtime(tensor.device) is not None
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
+
+
+def _is_eager() -> bool:
+    """Whether a call does what it says and nobody listens: no tracing, mode or transform. Autocast is accounted for."""
+    return (
+        not torch.jit.is_tracing()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call) -> Tensor:
+        output, mean, rstd = call(x, weight, bias)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.call = call
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager():
+            gradients = _differentiable(grad_output, x, weight, bias, mean, rstd, needed)
+        else:
+            backward = ctx.call.backward(*needed[1:])
+            gradients = backward(aligned(grad_output.contiguous()), x, weight, mean, rstd)
+        return (*(gradient if is_needed else None for gradient, is_needed in zip(gradients, needed, strict=True)), None)
+
+
+def _differentiable(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needed: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients by PyTorch's own operator, which knows its derivatives."""
+    statistics = (*x.shape[:-1], 1)
+    gradients = torch.ops.aten.native_layer_norm_backward(
+        grad_output.float(),
+        x.float(),
+        x.shape[-1:],
+        mean.view(statistics),
+        rstd.view(statistics),
+        None if weight is None else weight.float(),
+        None if bias is None else bias.float(),
+        needed,
+    )
+    return [
+        gradient if tensor is None or gradient is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(gradients, (x, weight, bias), strict=True)
+    ]
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm`, by the faster kernels: see the head of this file, and `layer_norm` for `feeds_linear`."""
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        feeds_linear: bool = False,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
+        self.feeds_linear = feeds_linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.feeds_linear)  # type: ignore[arg-type]
