@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from kernels import calls
+from kernels import calls, direct
 from kernels.cuda import layer_norm as cuda
 from kernels.cuda import runtime
-from kernels.cuda.arguments import aligned
 
 
 def layer_norm(
@@ -83,8 +82,36 @@ def _find(
     eps: float,
     feeds_linear: bool,
 ) -> _Call | None:
-    """What serves a call like this; None where PyTorch does."""
-    if not (_is_plain(x) and _is_eager() and x.shape[-1:] == tuple(normalized_shape)):
+    """What serves a call like this; None where PyTorch does. Found behind a guard, if one like it came before."""
+    if not (isinstance(x, Tensor) and runtime.installed_runtime(x.device) is not None and _is_eager()):
+        return None
+    given = normalized_shape, eps
+    if torch._C._is_any_autocast_enabled():
+        return _choose(x, weight, bias, *given, feeds_linear)
+    if weight is None:
+        tensors: tuple[Tensor, ...] = (x,)
+    else:
+        tensors = (x, weight) if bias is None else (x, weight, bias)
+    kind = ("layer norm", x.shape, given, weight is None, bias is None, torch.is_grad_enabled())
+    found = direct.find(kind, given, tensors)
+    if found is not None:
+        served: _Call = found[0]
+        return served
+    call = _choose(x, weight, bias, *given, feeds_linear)
+    if call is not None:
+        direct.keep(kind, given, tensors, lambda: call)
+    return call
+
+
+def _choose(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_shape: Sequence[int],
+    eps: float,
+    feeds_linear: bool,
+) -> _Call | None:
+    if not _is_plain(x) or x.shape[-1:] != tuple(normalized_shape) or (weight is None and bias is not None):
         return None
     needs_gradient = x.requires_grad
     addresses = x.data_ptr()
@@ -100,9 +127,9 @@ def _find(
     weight_dtype = dtype if weight is None else weight.dtype
     if bias is not None and bias.dtype is not weight_dtype:
         return None
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        output_dtype = torch.get_autocast_dtype(kind) if feeds_linear else torch.float32
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        output_dtype = torch.get_autocast_dtype(device) if feeds_linear else torch.float32
     elif weight_dtype is dtype:
         output_dtype = dtype
     else:  # PyTorch's to refuse
@@ -125,12 +152,12 @@ def _worked_out(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether these are contiguous numbers in the memory of a device that kernels run on, and no subclass."""
+    """Whether these are contiguous numbers in memory, and no subclass."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and runtime.installed_runtime(tensor.device) is not None
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
+        and not tensor.is_neg()
     )
 
 
@@ -143,6 +170,11 @@ def _is_eager() -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    is_readable = tensor.is_contiguous() and tensor.data_ptr() % calls.ALIGNMENT == 0
+    return tensor if is_readable else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -161,7 +193,7 @@ class _LayerNorm(torch.autograd.Function):
             gradients = _differentiable(grad_output, x, weight, bias, mean, rstd, needed)
         else:
             backward = ctx.call.backward(*needed[1:])
-            gradients = backward(aligned(grad_output.contiguous()), x, weight, mean, rstd)
+            gradients = backward(_readable(grad_output), x, weight, mean, rstd)
         return (*(gradient if is_needed else None for gradient, is_needed in zip(gradients, needed, strict=True)), None)
 
 
