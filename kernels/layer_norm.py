@@ -41,7 +41,7 @@ def layer_norm(
     if call.keeps_statistics:
         output: Tensor = _LayerNorm.apply(x, weight, bias, call)
         return output
-    return call(x, weight, bias)[0]
+    return call.forward(x, weight, bias)[0]
 
 
 torch.fx.wrap("layer_norm")  # tracing records the call instead of looking inside
@@ -54,13 +54,11 @@ class _Call:
         self.keeps_statistics = keeps_statistics
         self._norm = norm
         self._shape = shape
-        self._forward = cuda.bind_forward(norm, shape, keeps_statistics)
+        self.forward = cuda.bind_forward(norm, shape, keeps_statistics)
         self._backward: dict[tuple[bool, bool], cuda.Backward] = {}
 
-    def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self._forward(x, weight, bias)
+    def __call__(self, *tensors: Any) -> Any:
+        return self.forward(*tensors)
 
     def backward(self, needs_weight: bool, needs_bias: bool) -> cuda.Backward:
         found = self._backward.get((needs_weight, needs_bias))
@@ -68,10 +66,6 @@ class _Call:
             found = cuda.bind_backward(self._norm, self._shape, needs_weight, needs_bias)
             self._backward[needs_weight, needs_bias] = found
         return found
-
-
-def _not_served(*tensors: Tensor | None) -> None:
-    raise AssertionError("a call that the kernels do not serve")
 
 
 def _find(
@@ -85,31 +79,37 @@ def _find(
     """What serves a call like this; None where PyTorch does. Found behind a guard, if one like it came before."""
     if not (isinstance(x, Tensor) and runtime.installed_runtime(x.device) is not None and _is_eager()):
         return None
-    given = normalized_shape, eps
-    if torch._C._is_any_autocast_enabled():
-        return _choose(x, weight, bias, *given, feeds_linear)
+    cast = _cast_type(x, feeds_linear) if _casts() else None
     if weight is None:
         tensors: tuple[Tensor, ...] = (x,)
     else:
         tensors = (x, weight) if bias is None else (x, weight, bias)
-    kind = ("layer norm", x.shape, given, weight is None, bias is None, torch.is_grad_enabled())
-    found = direct.find(kind, given, tensors)
+    kind = ("layer norm", x.shape, normalized_shape, eps, cast, len(tensors), _records())
+    found = direct.find(kind, (), tensors)
     if found is not None:
         served: _Call = found[0]
         return served
-    call = _choose(x, weight, bias, *given, feeds_linear)
+    call = _choose(x, normalized_shape, weight, bias, eps, cast)
     if call is not None:
-        direct.keep(kind, given, tensors, lambda: call)
+        direct.keep(kind, (), tensors, lambda: call)
     return call
+
+
+def _cast_type(x: Tensor, feeds_linear: bool) -> torch.dtype | None:
+    """The output's type that autocast asks for, if it does."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device) if feeds_linear else torch.float32
 
 
 def _choose(
     x: Tensor,
+    normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
-    normalized_shape: Sequence[int],
     eps: float,
-    feeds_linear: bool,
+    cast: torch.dtype | None,
 ) -> _Call | None:
     if not _is_plain(x) or x.shape[-1:] != tuple(normalized_shape) or (weight is None and bias is not None):
         return None
@@ -121,34 +121,23 @@ def _choose(
                 return None
             needs_gradient = needs_gradient or parameter.requires_grad
             addresses |= parameter.data_ptr()
-    if addresses % calls.ALIGNMENT:
+    weight_dtype = x.dtype if weight is None else weight.dtype
+    if addresses % calls.ALIGNMENT or (bias is not None and bias.dtype is not weight_dtype):
         return None
-    dtype = x.dtype
-    weight_dtype = dtype if weight is None else weight.dtype
-    if bias is not None and bias.dtype is not weight_dtype:
+    if cast is None and weight_dtype is not x.dtype:  # PyTorch's to refuse
         return None
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        output_dtype = torch.get_autocast_dtype(device) if feeds_linear else torch.float32
-    elif weight_dtype is dtype:
-        output_dtype = dtype
-    else:  # PyTorch's to refuse
+    channels = x.shape[-1]
+    rows = x.numel() // channels if channels else 0
+    norm = cuda.Norm(rows, channels, x.dtype, x.dtype if cast is None else cast, weight_dtype, eps, x.device)
+    if cuda.why_not(norm) is not None:
         return None
-    return _worked_out(x, output_dtype, weight_dtype, eps, needs_gradient and torch.is_grad_enabled())
-
-
-def _worked_out(
-    x: Tensor, output_dtype: torch.dtype, weight_dtype: torch.dtype, eps: float, keeps_statistics: bool
-) -> _Call | None:
-    kind = ("layer norm", x.shape, x.dtype, output_dtype, weight_dtype, x.device, eps, keeps_statistics)
+    keeps_statistics = needs_gradient and torch.is_grad_enabled()
+    kind = ("layer norm", norm, x.shape, keeps_statistics)
     found = calls.find(kind)
     if found is None:
-        channels = x.shape[-1]
-        rows = x.numel() // channels if channels else 0
-        norm = cuda.Norm(rows, channels, x.dtype, output_dtype, weight_dtype, eps, x.device)
-        is_served = cuda.why_not(norm) is None
-        found = calls.keep(kind, _Call(norm, x.shape, keeps_statistics) if is_served else _not_served)
-    return found if isinstance(found, _Call) else None
+        found = calls.keep(kind, _Call(norm, x.shape, keeps_statistics))
+    assert isinstance(found, _Call)
+    return found
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -161,14 +150,18 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
+_casts = torch._C._is_any_autocast_enabled
+_records = torch.is_grad_enabled
+_is_tracing = torch._C._is_tracing
+_in_function_mode = torch._C._is_torch_function_mode_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+
+
 def _is_eager() -> bool:
     """Whether a call does what it says and nobody listens: no tracing, mode or transform. Autocast is accounted for."""
-    return (
-        not torch.jit.is_tracing()
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+    return not (
+        _is_tracing() or _in_function_mode() or _dispatch_modes() > 0 or _transforms() or forward_ad._current_level >= 0
     )
 
 
@@ -180,7 +173,7 @@ def _readable(tensor: Tensor) -> Tensor:
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: _Call) -> Tensor:
-        output, mean, rstd = call(x, weight, bias)
+        output, mean, rstd = call.forward(x, weight, bias)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.call = call
         return output

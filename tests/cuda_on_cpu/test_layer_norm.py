@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from emulator import EmulatorRuntime, guarded, guarded_allocations
@@ -238,6 +240,33 @@ class TestModule:
         found = penalty(norm, x)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+
+    def test_whatever_matters_makes_another_call(self, emulator: EmulatorRuntime) -> None:
+        """Each in turn differs from the first in one thing, and each is asked for twice."""
+        norm, x = LayerNorm(64), torch.randn(5, 64)
+        feeding = LayerNorm(64, feeds_linear=True)
+        feeding.load_state_dict(norm.state_dict())
+        exact = F.layer_norm(x, (64,))
+        for _ in range(2):
+            with torch.no_grad():
+                assert norm(x).grad_fn is None
+            assert norm(x).grad_fn is not None
+            frozen = copy.deepcopy(norm).requires_grad_(False)
+            assert frozen(x).grad_fn is None
+            assert frozen(x.clone().requires_grad_()).grad_fn is not None
+            with torch.autocast("cpu", BRAIN):
+                assert (norm(x).dtype, feeding(x).dtype) == (FULL, BRAIN)
+                assert norm(x.to(BRAIN)).dtype is FULL
+            with torch.autocast("cpu", HALF):
+                assert feeding(x).dtype is HALF
+            assert feeding(x).dtype is FULL
+            shallow = LayerNorm(64, eps=10.0)(x)
+            torch.testing.assert_close(shallow, F.layer_norm(x, (64,), eps=10.0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(norm(x), exact, rtol=1e-5, atol=1e-5)
+            misaligned = torch.randn(5 * 64 + 1)[1:].view(5, 64)
+            launches = emulator.launches
+            norm(misaligned)
+            assert emulator.launches == launches, "PyTorch's own"
 
     def test_another_runtime_is_not_given_calls_bound_for_the_last(self) -> None:
         x = torch.randn(3, 64)
