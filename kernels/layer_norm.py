@@ -77,7 +77,7 @@ def _find(
     feeds_linear: bool,
 ) -> _Call | None:
     """What serves a call like this; None where PyTorch does. Found behind a guard, if one like it came before."""
-    if not (isinstance(x, Tensor) and runtime.installed_runtime(x.device) is not None and _is_eager()):
+    if not (isinstance(x, Tensor) and (x.is_cuda or runtime.installed_runtime(x.device) is not None) and _is_eager()):
         return None
     cast = _cast_type(x, feeds_linear) if _casts() else None
     if weight is None:

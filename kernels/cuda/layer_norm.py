@@ -26,7 +26,7 @@ WARP = 32
 MAX_CHANNELS = 2048
 MAX_ROWS = 1 << 30  # so that a block's step past the last row is no overflow
 FORWARD_ELEMENTS = 32  # of a row that a lane holds at most, and of all its rows
-BACKWARD_ELEMENTS = 24  # here the sums over rows want two registers more for each
+BACKWARD_ELEMENTS = {8: 24, 4: 16}  # by unit; here the sums over rows want two registers more for each
 BACKWARD_STEP = 16
 MOST_ROWS = 4  # that a lane holds at once
 BLOCKS = 2  # of the backward pass that an SM holds
@@ -165,7 +165,7 @@ def backward_launch(norm: Norm, multiprocessors: int) -> Launch:
 
     Null for the last where neither weight nor bias has a gradient.
     """
-    tile = choose_tile(norm.channels, norm.unit, BACKWARD_ELEMENTS, BACKWARD_STEP)
+    tile = choose_tile(norm.channels, norm.unit, BACKWARD_ELEMENTS[norm.unit], BACKWARD_STEP)
     shared_bytes = 4 * (4 * tile.rows * THREADS // WARP + tile.kept * 2 * norm.channels)
     blocks = min(-(-norm.rows // tile.block_rows), BLOCKS * multiprocessors)
     source = _source("backward", norm, tile, shared_bytes, BLOCKS)
@@ -203,8 +203,12 @@ def bind_forward(norm: Norm, shape: torch.Size, keeps_statistics: bool) -> Forwa
 
     def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         output = new_output()
-        mean, rstd = (new_statistics(), new_statistics()) if keeps_statistics else (None, None)
-        launch(x.data_ptr(), address(weight), address(bias), output.data_ptr(), address(mean), address(rstd))
+        parameters = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if not keeps_statistics:
+            launch(x.data_ptr(), *parameters, output.data_ptr(), 0, 0)
+            return output, None, None
+        mean, rstd = new_statistics(), new_statistics()
+        launch(x.data_ptr(), *parameters, output.data_ptr(), mean.data_ptr(), rstd.data_ptr())
         return output, mean, rstd
 
     return call

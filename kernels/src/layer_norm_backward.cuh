@@ -23,6 +23,28 @@ struct LayerNormBackwardArguments {
 template <class Config>
 constexpr int LAYER_NORM_KEPT = Config::THREADS / (Config::LANES > WARP ? Config::LANES : WARP);
 
+// What a lane needs of its rows of one step. Rows past the last are zeros, whose gradients add nothing.
+template <class Config>
+struct LayerNormStep {
+  RawChannels<Config, typename Config::X> x[Config::ROWS];
+  RawChannels<Config, typename Config::Y> gradient[Config::ROWS];
+  float mean[Config::ROWS], rstd[Config::ROWS];
+
+  FASTNA_DEVICE void load(const LayerNormBackwardArguments& args, int start) {
+    using X = typename Config::X;
+    using Y = typename Config::Y;
+    FASTNA_UNROLL
+    for (int r = 0; r < Config::ROWS; ++r) {
+      const i64 row = start + group_in_block<Config>() + r * Config::GROUPS;
+      const bool valid = row < args.rows;
+      load_raw<Config>(x[r], static_cast<const X*>(args.x) + row * Config::CHANNELS, valid);
+      load_raw<Config>(gradient[r], static_cast<const Y*>(args.grad_output) + row * Config::CHANNELS, valid);
+      mean[r] = valid ? args.mean[row] : 0.f;
+      rstd[r] = valid ? args.rstd[row] : 0.f;
+    }
+  }
+};
+
 template <class Config>
 FASTNA_DEVICE void layer_norm_backward(const LayerNormBackwardArguments& args) {
   using X = typename Config::X;
@@ -30,6 +52,7 @@ FASTNA_DEVICE void layer_norm_backward(const LayerNormBackwardArguments& args) {
   using W = typename Config::W;
   constexpr int ROWS = Config::ROWS, COUNT = Config::COUNT, UNIT = Config::UNIT, CHANNELS = Config::CHANNELS;
   constexpr int LANES = Config::LANES, KEPT = LAYER_NORM_KEPT<Config>;
+  constexpr bool AHEAD = ROWS * COUNT * UNIT <= 16;  // a step is loaded while the last is computed, where registers allow
   float* shared = dynamic_shared<float>();
 
   LaneChannels<Config> weight_sum, bias_sum;
@@ -39,22 +62,24 @@ FASTNA_DEVICE void layer_norm_backward(const LayerNormBackwardArguments& args) {
     for (int j = 0; j < UNIT; ++j) weight_sum[i][j] = bias_sum[i][j] = 0.f;
   }
 
+  const int stride = static_cast<int>(block_count()) * Config::BLOCK_ROWS;
   int turn = 0;  // the exchange is double: a warp may be a step ahead of another
-  for (int start = static_cast<int>(block_index()) * Config::BLOCK_ROWS; start < args.rows;
-       start += static_cast<int>(block_count()) * Config::BLOCK_ROWS, turn ^= 1) {
+  LayerNormStep<Config> step;
+  if constexpr (AHEAD) step.load(args, static_cast<int>(block_index()) * Config::BLOCK_ROWS);
+  for (int start = static_cast<int>(block_index()) * Config::BLOCK_ROWS; start < args.rows; start += stride, turn ^= 1) {
     LaneChannels<Config> x[ROWS], gradient[ROWS], weight;
     float mean[ROWS], rstd[ROWS], sums[2 * ROWS];
+    if constexpr (!AHEAD) step.load(args, start);
+    // From the L1 cache in every step: there are no registers to keep it in.
+    load_weights<Config>(weight, static_cast<const W*>(args.weight), 1.f);
     FASTNA_UNROLL
     for (int r = 0; r < ROWS; ++r) {
-      const i64 row = start + group_in_block<Config>() + r * Config::GROUPS;
-      const bool valid = row < args.rows;
-      load_row<Config>(x[r], static_cast<const X*>(args.x) + row * CHANNELS, valid, 0.f);
-      load_row<Config>(gradient[r], static_cast<const Y*>(args.grad_output) + row * CHANNELS, valid, 0.f);
-      mean[r] = valid ? args.mean[row] : 0.f;
-      rstd[r] = valid ? args.rstd[row] : 0.f;
+      unpack_row<Config, X>(x[r], step.x[r]);
+      unpack_row<Config, Y>(gradient[r], step.gradient[r]);
+      mean[r] = step.mean[r];
+      rstd[r] = step.rstd[r];
     }
-    // From the L1 cache in every step: there are no registers to keep it in.
-    load_row<Config>(weight, static_cast<const W*>(args.weight), args.weight != nullptr, 1.f);
+    if constexpr (AHEAD) step.load(args, start + stride);
     FASTNA_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       sums[2 * r] = sums[2 * r + 1] = 0.f;

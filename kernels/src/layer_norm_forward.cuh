@@ -25,18 +25,20 @@ FASTNA_DEVICE void layer_norm_forward(const LayerNormForwardArguments& args) {
   float* exchange = dynamic_shared<float>();  // two of sum_over_row's
 
   const int first = static_cast<int>(block_index()) * Config::BLOCK_ROWS + group_in_block<Config>();
+  RawChannels<Config, X> raw[ROWS];
   LaneChannels<Config> x[ROWS], weight, bias;
   FASTNA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
     const i64 row = first + r * Config::GROUPS;
-    load_row<Config>(x[r], static_cast<const X*>(args.x) + row * CHANNELS, row < args.rows, 0.f);
+    load_raw<Config>(raw[r], static_cast<const X*>(args.x) + row * CHANNELS, row < args.rows);
   }
-  load_row<Config>(weight, static_cast<const W*>(args.weight), args.weight != nullptr, 1.f);
-  load_row<Config>(bias, static_cast<const W*>(args.bias), args.bias != nullptr, 0.f);
+  load_weights<Config>(weight, static_cast<const W*>(args.weight), 1.f);
+  load_weights<Config>(bias, static_cast<const W*>(args.bias), 0.f);
 
   float mean[ROWS], rstd[ROWS];
   FASTNA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
+    unpack_row<Config, X>(x[r], raw[r]);
     mean[r] = 0.f;
     FASTNA_UNROLL
     for (int i = 0; i < COUNT; ++i) {

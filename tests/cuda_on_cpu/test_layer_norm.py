@@ -152,7 +152,7 @@ def test_parts_are_added_up(dtype: torch.dtype, count: int, channels: int) -> No
 def test_every_width_has_a_tile() -> None:
     for unit in (4, 8):
         for channels in range(unit, 2049, unit):
-            for elements in (FORWARD_ELEMENTS, BACKWARD_ELEMENTS):
+            for elements in (FORWARD_ELEMENTS, BACKWARD_ELEMENTS[unit]):
                 tile = choose_tile(channels, unit, elements, elements)
                 assert THREADS % tile.lanes == 0
                 assert channels <= tile.lanes * elements

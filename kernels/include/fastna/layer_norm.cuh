@@ -30,19 +30,23 @@ struct LayerNormConfig {
 template <class Config>
 using LaneChannels = float[Config::COUNT][Config::UNIT];
 
-template <class T, int UNIT>
-FASTNA_DEVICE void load_channels(float (&values)[UNIT], const T* from) {
-  if constexpr (UNIT * sizeof(T) == 8) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    const float2 low = unpack2<T>(raw.x), high = unpack2<T>(raw.y);
-    values[0] = low.x, values[1] = low.y, values[2] = high.x, values[3] = high.y;
+// The same as memory holds them.
+template <class Config, class T>
+struct RawChannels {
+  static constexpr int WORDS = Config::UNIT * sizeof(T) / 4;
+  u32 words[Config::COUNT][WORDS];
+};
+
+template <int WORDS>
+FASTNA_DEVICE void load_words(u32 (&words)[WORDS], const void* from) {
+  if constexpr (WORDS == 2) {
+    const uint2 raw = *static_cast<const uint2*>(from);
+    words[0] = raw.x, words[1] = raw.y;
   } else {
     FASTNA_UNROLL
-    for (int i = 0; i < UNIT; i += VECTOR<T>) {
-      float part[VECTOR<T>];
-      unpack_vector<T>(part, load_global_16(from + i));
-      FASTNA_UNROLL
-      for (int j = 0; j < VECTOR<T>; ++j) values[i + j] = part[j];
+    for (int i = 0; i < WORDS; i += 4) {
+      const uint4 raw = load_global_16(static_cast<const u32*>(from) + i);
+      words[i] = raw.x, words[i + 1] = raw.y, words[i + 2] = raw.z, words[i + 3] = raw.w;
     }
   }
 }
@@ -81,14 +85,46 @@ FASTNA_DEVICE bool has_vector(int i) {
   return Config::VECTORS % Config::LANES == 0 || i + 1 < Config::COUNT || first_channel<Config>(i) < Config::CHANNELS;
 }
 
-// A lane's channels of the row (or the weights) at `row`; `otherwise` where there are none, or no row.
+// A lane's channels of the row at `row`; zeros where there are none, or no row.
 template <class Config, class T>
-FASTNA_DEVICE void load_row(LaneChannels<Config>& values, const T* row, bool valid, float otherwise) {
+FASTNA_DEVICE void load_raw(RawChannels<Config, T>& raw, const T* row, bool valid) {
+  constexpr int WORDS = RawChannels<Config, T>::WORDS;
+  FASTNA_UNROLL
+  for (int i = 0; i < Config::COUNT; ++i) {
+    FASTNA_UNROLL
+    for (int w = 0; w < WORDS; ++w) raw.words[i][w] = 0;
+    if (valid && has_vector<Config>(i)) load_words<WORDS>(raw.words[i], row + first_channel<Config>(i));
+  }
+}
+
+template <class Config, class T>
+FASTNA_DEVICE void unpack_row(LaneChannels<Config>& values, const RawChannels<Config, T>& raw) {
+  FASTNA_UNROLL
+  for (int i = 0; i < Config::COUNT; ++i) {
+    FASTNA_UNROLL
+    for (int w = 0; w < RawChannels<Config, T>::WORDS; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        values[i][w] = bits_float(raw.words[i][w]);
+      } else {
+        const float2 pair = unpack2<T>(raw.words[i][w]);
+        values[i][2 * w] = pair.x;
+        values[i][2 * w + 1] = pair.y;
+      }
+    }
+  }
+}
+
+// Weight or bias, which begin at `weights`; `otherwise` where there are none.
+template <class Config, class T>
+FASTNA_DEVICE void load_weights(LaneChannels<Config>& values, const T* weights, float otherwise) {
+  RawChannels<Config, T> raw;
+  load_raw<Config>(raw, weights, weights != nullptr);
+  unpack_row<Config, T>(values, raw);
+  if (weights != nullptr) return;
   FASTNA_UNROLL
   for (int i = 0; i < Config::COUNT; ++i) {
     FASTNA_UNROLL
     for (int j = 0; j < Config::UNIT; ++j) values[i][j] = otherwise;
-    if (valid && has_vector<Config>(i)) load_channels<T, Config::UNIT>(values[i], row + first_channel<Config>(i));
   }
 }
 
