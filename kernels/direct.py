@@ -63,7 +63,9 @@ def find(kind: calls.Kind, given: Given, tensors: Sequence[Tensor]) -> tuple[Any
     except TypeError:  # a list among the options
         return None
     for matches, options, kept in entries:
-        if matches(*tensors) and (all(map(operator.is_, options, given)) or _are_alike(options, given)):
+        if matches(*tensors) and (
+            options is given or all(map(operator.is_, options, given)) or _are_alike(options, given)
+        ):
             addresses = 0
             for tensor in tensors:
                 addresses |= tensor.data_ptr()

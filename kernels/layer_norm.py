@@ -235,4 +235,13 @@ class LayerNorm(nn.LayerNorm):
         self.feeds_linear = feeds_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.feeds_linear)  # type: ignore[arg-type]
+        if torch.jit.is_scripting() or torch.compiler.is_compiling():
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        # As attributes, these take as long as finding the kernel: nn.Module looks elsewhere first. Where they are not
+        # its own, as under a parametrisation, they have to be.
+        own: dict[str, Any] = self._parameters
+        if "weight" in own and "bias" in own:
+            weight, bias = own["weight"], own["bias"]
+        else:
+            weight, bias = self.weight, self.bias
+        return layer_norm(x, self.normalized_shape, weight, bias, self.eps, self.feeds_linear)  # type: ignore[arg-type]

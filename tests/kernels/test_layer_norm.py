@@ -63,6 +63,18 @@ def test_whatever_plain_tensors_go_to_the_kernels(dry):
     assert norm.weight.grad.dtype is torch.bfloat16
 
 
+def test_parameters_that_are_not_its_own():
+    """Computed, or swapped for a call."""
+    ours, theirs = _pair()
+    x, half = _random(3, 64), torch.full((64,), 0.5)
+    with torch.no_grad():
+        swapped = torch.func.functional_call(ours, {"weight": half}, (x,))
+        torch.testing.assert_close(swapped, F.layer_norm(x, (64,), half, ours.bias))
+        for layer in (ours, theirs):
+            nn.utils.parametrize.register_parametrization(layer, "weight", nn.Tanh())
+        assert torch.equal(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("feeds_linear", [False, True])
 def test_types_under_autocast(dry, dtype, feeds_linear):
