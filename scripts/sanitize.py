@@ -26,6 +26,7 @@ from kernels import neighborhood_attention
 from kernels.cuda import runtime
 from kernels.cuda.dry import sources_of
 from kernels.cuda.jit import ENTRY_POINT, KernelSource
+from kernels.layer_norm import LayerNorm
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("naive", "gemm", "fused")
@@ -42,7 +43,8 @@ FINDINGS = 99  # exit code of a tool that found something
 
 
 def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Every call of every backend and type, forward and backward, with bias and additional keys: name and results."""
+    """Every call of every backend and type, forward and backward, with bias and additional keys, and LayerNorms: name
+    and results."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -68,6 +70,12 @@ def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
         (output.float().square().sum() + lse.sum()).backward()
         gradients = [t.grad for t in (*qkv, rpb, *more) if t is not None]
         yield f"{backend}, {dtype}, space {space}", [output, lse, *gradients]
+    for dtype, channels in itertools.product(DTYPES, (64, 96, 1024)):
+        norm, x = LayerNorm(channels, device=device, dtype=dtype), normal(333, channels, dtype=dtype)
+        normalised = norm(x)
+        normalised.float().square().sum().backward()
+        gradients = [t.grad for t in (x, *norm.parameters()) if t.grad is not None]
+        yield f"layer norm, {dtype}, {channels} channels", [normalised, *gradients]
 
 
 def kernels_of_selection(device: torch.device) -> list[KernelSource]:

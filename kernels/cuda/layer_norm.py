@@ -188,28 +188,30 @@ def sums_launch(dtype: torch.dtype, parts: int, channels: int) -> Launch:
     return Launch(source, -(-2 * channels // WARP), shared_bytes, packed, _set_sums)
 
 
-Forward = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]
-"""Of x, weight and bias: the output, and mean and rstd of every row where a gradient will be asked for."""
+Forward = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Of x, weight and bias: the output; and mean and rstd, `[2, rows]`, where a gradient will be asked for."""
 
 Backward = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
-"""Of grad_output, x, weight, mean, rstd: the gradients of x, weight and bias."""
+"""Of grad_output, x, weight, and mean and rstd: the gradients of x, weight and bias."""
 
 
 def bind_forward(norm: Norm, shape: torch.Size, keeps_statistics: bool) -> Forward:
     """For contiguous tensors `shape` at addresses that are multiples of 16 bytes."""
     launch = forward_launch(norm).bind(norm.device)
     new_output = bound.new(shape, norm.output_dtype, norm.device)
-    new_statistics = bound.new((norm.rows,), torch.float32, norm.device)
+    new_statistics = bound.new((2, norm.rows), torch.float32, norm.device)
+    to_rstd = 4 * norm.rows
 
-    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def call(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         output = new_output()
         parameters = 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
         if not keeps_statistics:
             launch(x.data_ptr(), *parameters, output.data_ptr(), 0, 0)
-            return output, None, None
-        mean, rstd = new_statistics(), new_statistics()
-        launch(x.data_ptr(), *parameters, output.data_ptr(), mean.data_ptr(), rstd.data_ptr())
-        return output, mean, rstd
+            return output, None
+        statistics = new_statistics()
+        mean = statistics.data_ptr()
+        launch(x.data_ptr(), *parameters, output.data_ptr(), mean, mean + to_rstd)
+        return output, statistics
 
     return call
 
@@ -221,15 +223,17 @@ def bind_backward(norm: Norm, shape: torch.Size, needs_weight: bool, needs_bias:
     new_gradient = bound.new(shape, norm.dtype, norm.device)
     new_parts = bound.new((planned.parts, 2, norm.channels), torch.float32, norm.device)
     new_sum = bound.new((norm.channels,), norm.weight_dtype, norm.device)
+    to_rstd = 4 * norm.rows
     needs_sums = needs_weight or needs_bias
     add_up = sums_launch(norm.weight_dtype, planned.parts, norm.channels).bind(norm.device) if needs_sums else None
 
     def call(
-        grad_output: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+        grad_output: Tensor, x: Tensor, weight: Tensor | None, statistics: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         grad_x = new_gradient()
         parts = None if add_up is None else new_parts()
-        launch(*map(address, (grad_output, x, weight, mean, rstd, grad_x, parts)))
+        mean, read = statistics.data_ptr(), map(address, (grad_output, x, weight))
+        launch(*read, mean, mean + to_rstd, grad_x.data_ptr(), address(parts))
         if add_up is None:
             return grad_x, None, None
         grad_weight, grad_bias = new_sum() if needs_weight else None, new_sum() if needs_bias else None

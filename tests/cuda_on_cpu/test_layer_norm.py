@@ -53,11 +53,11 @@ def exact(norm: Norm, *tensors: Tensor) -> list[Tensor]:
 
 def run(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, gradient: Tensor) -> list[Tensor]:
     with guarded_allocations():
-        output, mean, rstd = bind_forward(norm, x.shape, True)(x, weight, bias)
+        output, statistics = bind_forward(norm, x.shape, True)(x, weight, bias)
         backward = bind_backward(norm, x.shape, weight is not None, bias is not None)
-        gradients = backward(gradient, x, weight, mean, rstd)
-    assert mean is not None
-    assert rstd is not None
+        gradients = backward(gradient, x, weight, statistics)
+    assert statistics is not None
+    mean, rstd = statistics
     variance, average = torch.var_mean(x.double(), -1, correction=0)
     torch.testing.assert_close(mean.double(), average, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rstd.double(), (variance + norm.eps).rsqrt(), rtol=1e-6, atol=0)
