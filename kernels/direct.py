@@ -26,7 +26,8 @@ MOST_GUARDS = 8
 
 _Key = torch._C.DispatchKey
 _NOTHING_BUT_AUTOGRAD = torch._C.DispatchKeySet(_Key.BackendSelect) | torch._C.DispatchKeySet(_Key.ADInplaceOrView)
-for _key in (_Key.CPU, _Key.CUDA, _Key.AutogradCPU, _Key.AutogradCUDA):
+# Autocast's keys are no reason either: who keeps a call under autocast makes it part of the kind.
+for _key in (_Key.CPU, _Key.CUDA, _Key.AutogradCPU, _Key.AutogradCUDA, _Key.AutocastCPU, _Key.AutocastCUDA):
     _NOTHING_BUT_AUTOGRAD = _NOTHING_BUT_AUTOGRAD | torch._C.DispatchKeySet(_key)
 _TYPES = (Tensor, torch.nn.Parameter)
 
@@ -62,7 +63,9 @@ def find(kind: calls.Kind, given: Given, tensors: Sequence[Tensor]) -> tuple[Any
     except TypeError:  # a list among the options
         return None
     for matches, options, kept in entries:
-        if matches(*tensors) and (all(map(operator.is_, options, given)) or _are_alike(options, given)):
+        if matches(*tensors) and (
+            options is given or all(map(operator.is_, options, given)) or _are_alike(options, given)
+        ):
             addresses = 0
             for tensor in tensors:
                 addresses |= tensor.data_ptr()

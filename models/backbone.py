@@ -10,6 +10,7 @@ from timm.layers import create_classifier
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from kernels.layer_norm import LayerNorm
 from models.layers import Block, NeighborhoodAttention, alternate, drop_path_rates, init_weights, to_channels_first
 
 
@@ -38,7 +39,7 @@ class Backbone(nn.Module):
 
     def _finish(self, num_features: int, global_pool: str, drop_rate: float) -> None:
         self.num_features = num_features
-        self.norm = nn.LayerNorm(num_features)
+        self.norm = LayerNorm(num_features)
         self._make_head(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(init_weights)

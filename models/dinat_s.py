@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from kernels.cpu.linear import Linear
+from kernels.layer_norm import LayerNorm
 from models.backbone import Level, PyramidBackbone, pyramid_blocks
 from models.layers import HEAD_DIM, PatchEmbed, pad_to_multiple
 from models.pretrained import AT_384, IN22K, build, published, with_22k_head
@@ -27,7 +28,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim, feeds_linear=True)
         self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

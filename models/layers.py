@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from kernels import na2d
 from kernels.cpu.linear import Linear
+from kernels.layer_norm import LayerNorm
 
 HEAD_DIM = 32
 """Every published model has heads of 32 channels, whatever its width."""
@@ -185,7 +186,7 @@ class Block(nn.Module):
         self.grad_checkpointing = False
         self.gamma1 = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
         self.gamma2 = None if init_values is None else nn.Parameter(torch.full((dim,), init_values))
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim, feeds_linear=True)
         self.attn = NeighborhoodAttention(
             dim,
             kernel_size,
@@ -195,7 +196,7 @@ class Block(nn.Module):
             proj_drop=proj_drop,
             backend=attn_backend,
         )
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim, feeds_linear=True)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
@@ -238,7 +239,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = pad_to_multiple(x, self.patch_size, (-2, -1))

@@ -14,6 +14,7 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from kernels.layer_norm import LayerNorm
 from models.backbone import Level, PyramidBackbone, pyramid_blocks
 from models.layers import HEAD_DIM, to_channels_first, to_channels_last
 from models.pretrained import AT_384, IN22K, build, published, with_22k_head
@@ -31,7 +32,7 @@ class ConvEmbed(nn.Module):
             nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1),
             nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1),
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(to_channels_last(self.proj(x.contiguous(memory_format=torch.channels_last))))
@@ -43,7 +44,7 @@ class ConvDownsample(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = LayerNorm(2 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(to_channels_last(self.reduction(to_channels_first(x))))

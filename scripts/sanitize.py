@@ -26,6 +26,7 @@ from kernels import neighborhood_attention
 from kernels.cuda import runtime
 from kernels.cuda.dry import sources_of
 from kernels.cuda.jit import ENTRY_POINT, KernelSource
+from kernels.layer_norm import LayerNorm
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("naive", "gemm", "fused")
@@ -44,15 +45,23 @@ FINDINGS = 99  # exit code of a tool that found something
 
 
 def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Calls of every backend and type, forward and backward, with bias and additional keys: name and results."""
+    """Calls of every backend and type, forward and backward, with bias and additional keys, and LayerNorms: name and
+    results."""
     for backend, dtype, call, extra in itertools.product(BACKENDS, DTYPES, CALLS, (0, 3)):
-        yield f"{backend}, {dtype}, space {call[0]}", results(device, backend, dtype, call, 2, 32, extra)
+        yield f"{backend}, {dtype}, space {call[0]}", attend(device, backend, dtype, call, 2, 32, extra)
     for dtype, head_dim in itertools.product(DTYPES[1:], (32, 64)):  # for kernels whose blocks walk down many maps
         call = ((16, 24), (7, 7), (1, 1), 1, False)
-        yield f"many maps, {dtype}, head_dim {head_dim}", results(device, "fused", dtype, call, MANY, head_dim, 0)
+        yield f"many maps, {dtype}, head_dim {head_dim}", attend(device, "fused", dtype, call, MANY, head_dim, 0)
+    for dtype, channels in itertools.product(DTYPES, (64, 96, 1024)):
+        norm = LayerNorm(channels, device=device, dtype=dtype)
+        x = torch.randn(333, channels, device=device).to(dtype).requires_grad_()
+        normalised = norm(x)
+        normalised.float().square().sum().backward()
+        gradients = [t.grad for t in (x, *norm.parameters()) if t.grad is not None]
+        yield f"layer norm, {dtype}, {channels} channels", [normalised, *gradients]
 
 
-def results(
+def attend(
     device: torch.device, backend: str, dtype: torch.dtype, call: Call, batch: int, head_dim: int, extra: int
 ) -> list[torch.Tensor]:
     """Output, lse and all gradients of one call of two heads."""

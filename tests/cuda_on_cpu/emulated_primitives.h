@@ -72,6 +72,7 @@ inline float emulated_flush(float value) { return fabsf(value) < 0x1p-126f ? cop
 inline float exp2_approx(float value) { return emulated_flush(exp2f(emulated_flush(value))); }
 inline float log2_approx(float value) { return log2f(emulated_flush(value)); }
 inline float reciprocal_approx(float value) { return emulated_flush(1.0f / emulated_flush(value)); }
+inline float rsqrt_approx(float value) { return 1.0f / sqrtf(value); }
 
 // ---- Memory
 

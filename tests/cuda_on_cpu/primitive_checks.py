@@ -46,14 +46,15 @@ def check_rounding(device: torch.device, dtype: torch.dtype) -> None:
 
 def check_functions(device: torch.device) -> None:
     numbers = torch.cat([torch.linspace(-140, 120, 999), torch.tensor([-torch.inf, torch.inf, 0.0, 1e-40])]).to(device)
-    out = torch.empty(numbers.numel(), 4, device=device)
+    out = torch.empty(numbers.numel(), 5, device=device)
     run_probe("functions_probe", out, numbers, count=numbers.numel(), grid=-(-numbers.numel() // 32))
-    x, exponential, logarithm, reciprocal, rounded = numbers.cpu(), *out.cpu().unbind(1)
+    x, exponential, logarithm, reciprocal, rounded, root = numbers.cpu(), *out.cpu().unbind(1)
     flush = torch.where(torch.exp2(x) < 2.0**-126, torch.zeros(()), torch.exp2(x))
     torch.testing.assert_close(exponential, flush, rtol=2e-7, atol=2.0**-125)
     normal = x.abs() >= 2.0**-126
     torch.testing.assert_close(logarithm[normal], torch.log2(x[normal]), rtol=1e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(reciprocal[normal], 1 / x[normal], rtol=2e-7, atol=0)
+    torch.testing.assert_close(root[normal], torch.rsqrt(x[normal].double()).float(), rtol=2e-7, atol=0, equal_nan=True)
     assert logarithm[-2] == -torch.inf
     assert logarithm[-1] == -torch.inf  # a denormal counts as zero
     mantissa = x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF

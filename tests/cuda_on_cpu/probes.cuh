@@ -37,11 +37,12 @@ FASTNA_DEVICE void functions_probe(const ProbeArguments& args) {
   const int i = block_index() * 32 + thread_index();
   if (i >= args.count) return;
   const float value = load_readonly(static_cast<const float*>(args.a) + i);
-  float* out = static_cast<float*>(args.out) + 4 * i;
+  float* out = static_cast<float*>(args.out) + 5 * i;
   out[0] = exp2_approx(value);
   out[1] = log2_approx(value);
   out[2] = reciprocal_approx(value);
   out[3] = bits_float(to_tf32(value));
+  out[4] = rsqrt_approx(value);
 }
 
 // Lane by lane: shuffle from 31 - lane, shuffle_xor 5, any and all of a[lane] > 0, the warp and block indices.

@@ -108,6 +108,11 @@ FASTNA_DEVICE float reciprocal_approx(float value) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
+FASTNA_DEVICE float rsqrt_approx(float value) {  // within 2^-22.9
+  float result;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
 
 // ---- Memory
 
