@@ -1,0 +1,151 @@
+// What the hopper_strip kernels share: small sliding 2-D windows by tensor copies and wgmma (sm_90a). Not dilated, not causal, stride 1.
+//
+// A *tile* is 8 rows x 8 columns of queries (or keys): the 64 rows m = 8 column + row of a warpgroup's product. Warp w holds columns 2 w and
+// 2 w + 1, its lane 4 g + q row g of both. A *row block* is 8 rows of the other side's tokens in shared memory, [column][row][channel]: a column
+// is a core-matrix group of 8 rows, so that any run of columns is one operand. With windows of k = 2 L + 1 rows, row block i holds rows
+// 8 i - L .. 8 i - L + 7 of the map, zeros where these lie outside. The tile of rows 8 s .. 8 s + 7 needs blocks s and s + 1, and the one of
+// columns c .. c + 7 their columns c - L .. c + 7 + L, clamped windows included, and keys as much as queries, provided that length mod 8
+// is 0 or above L: so key - query is the same for an accumulator element everywhere. kernels/cuda/hopper_strip.py refuses other lengths.
+//
+// A *walk* goes down one strip of columns of one head's map: step s multiplies the strip's tiles of rows 8 s .. 8 s + 7. Row blocks come through
+// a ring, each once: steps + 1 to a walk.
+#pragma once
+
+#include "fastna/hopper.cuh"
+#include "fastna/window.cuh"
+#include "fastna/wgmma.cuh"
+
+namespace fastna {
+
+constexpr int TILE_SIDE = 8;
+// Finite, so that no masked score times a scale is NaN; exp2 of it is 0 for every scale above 1e-20.
+constexpr float HIDDEN = -1e30f;
+
+// TILES: of a strip, side by side.
+template <class T, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int TILES_>
+struct StripShape {
+  using Element = T;
+  static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_, TILES = TILES_;
+  static constexpr int ABOVE = WINDOW_ROWS / 2, LEFT = WINDOW_COLUMNS / 2;
+  static constexpr int ROW_BYTES = HEAD_DIM * 2;  // of one token, and its swizzle
+  static constexpr int COLUMN_BYTES = TILE_SIDE * ROW_BYTES;
+  static constexpr int TILE_BYTES = TILE_SIDE * COLUMN_BYTES;                      // rows of a product, and from one tile of a strip to the next
+  static constexpr int SEEN_COLUMNS = TILE_SIDE + WINDOW_COLUMNS - 1;              // of a row block, by a tile
+  static constexpr int N = TILE_SIDE * SEEN_COLUMNS;                               // columns of its product
+  static constexpr int ROWS_BYTES = TILES * TILE_BYTES;                            // the tiles of a step
+  static constexpr int BLOCK_COLUMNS = TILES * TILE_SIDE + WINDOW_COLUMNS - 1;     // of a row block, for a strip
+  static constexpr int BLOCK_BYTES = BLOCK_COLUMNS * COLUMN_BYTES;                 // one tensor's row block
+  static constexpr int PAIRS = (WINDOW_COLUMNS + 1) / 2, ALL_PAIRS = SEEN_COLUMNS / 2;  // of columns: that one warp needs, and of a tile
+  static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "a token is one swizzled row");
+  static_assert(WINDOW_ROWS % 2 == 1 && WINDOW_COLUMNS % 2 == 1 && WINDOW_ROWS <= 9 && WINDOW_COLUMNS <= 7, "");
+};
+
+// Slot and parity of the next use of a ring of STAGES slots. Its users wait for full[slot] with `parity`, its producer for empty[slot] with
+// the other one. A warp arrives at `empty` only after it has waited for `full`, needed or not: an earlier arrival would count for the last use.
+template <int STAGES>
+struct RingPosition {
+  int slot = 0;
+  u32 parity = 0;
+
+  FASTNA_DEVICE void advance() {
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+};
+
+// How walks are dealt out. A block keeps to one head; blocks of neighbouring numbers take neighbouring heads of the same batch entry, and
+// strips of the same map, at the same time: they share sectors of DRAM, and the halo in L2.
+struct StripWalks {
+  int blocks;  // of one head: a multiple of `strips`
+  int count;   // walks of one head: batch x strips
+  int strips, steps;
+  int tiles;   // of a whole row of the map
+};
+struct StripWalk {
+  int batch;
+  int first_tile, tiles;
+
+  // Number `round` of the block's; false where there is none. Strips take turns, for the last one may be narrower.
+  template <int TILES>
+  FASTNA_DEVICE bool find(const StripWalks& walks, int member, int round) {
+    const u32 number = round * walks.blocks + member, strips = walks.strips;
+    if (number >= static_cast<u32>(walks.count)) return false;
+    batch = static_cast<int>(number / strips);
+    first_tile = static_cast<int>((number + round) % strips) * TILES;
+    tiles = minimum(TILES, walks.tiles - first_tile);
+    return true;
+  }
+};
+
+// First key that a query sees, or that its neighbours would see if the map went on.
+template <int WINDOW>
+FASTNA_DEVICE int window_begin(int position, int length) {
+  return minimum(maximum(position - WINDOW / 2, 0), length - WINDOW);
+}
+
+// Where a warp's two columns of queries, from `column` (even) of the map, find their windows among the columns that their tile sees.
+// These begin with column `first`. Of the 2 PAIRS columns from 2 `pair` on, each query sees all but the first or the last one.
+template <class Shape>
+struct StripColumns {
+  int pair;
+  bool sees_first[2];
+
+  FASTNA_DEVICE StripColumns(int warp, int first, int columns) {
+    const int column = first + Shape::LEFT + 2 * warp;
+    pair = warp, sees_first[0] = true, sees_first[1] = false;
+    if (column >= columns) return;  // nobody looks at these
+    const int begin[2] = {window_begin<Shape::WINDOW_COLUMNS>(column, columns) - first,
+                          window_begin<Shape::WINDOW_COLUMNS>(column + 1, columns) - first};
+    pair = begin[0] / 2;
+    sees_first[0] = begin[0] % 2 == 0;
+    sees_first[1] = begin[1] == 2 * pair;
+  }
+};
+
+// Bias as accumulators hold it: entry i of a line is {B(dr, dc), B(dr + 1, dc)} with dr = i - 7 - ABOVE, where dr, dc = key - query.
+// Rows of the product are queries: lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line
+// dc + WINDOW_COLUMNS - 1. With KEYS rows are keys and an entry is {B(dr, dc), B(dr - 1, dc)} with dr = 7 + ABOVE - i: the lane's entries
+// are the same ones, lines count the other way: dc = WINDOW_COLUMNS - 1 - line.
+// With MASKS there is a table for every shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN;
+// and a line that is HIDDEN altogether goes before them. Without, what no window reaches is zero.
+template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool MASKS, bool KEYS = false>
+struct StripTable {
+  static constexpr int ABOVE = WINDOW_ROWS / 2;
+  static constexpr int ENTRIES = 3 * TILE_SIDE - 2, LINE = ENTRIES * 8;
+  static constexpr int LINES = 2 * WINDOW_COLUMNS - 1, SHIFT = LINES * LINE;  // bytes from a shift to the next
+  static constexpr int FIRST = MASKS ? LINE : 0;                             // offset of the first table
+  static constexpr int BYTES = FIRST + (MASKS ? WINDOW_ROWS : 1) * SHIFT;
+
+  static FASTNA_DEVICE int lane_offset(int lane) { return (2 * (lane & 3) - (lane >> 2) + TILE_SIDE - 1) * 8; }
+  static FASTNA_DEVICE int line_offset(int dc) { return FIRST + ((KEYS ? -dc : dc) + WINDOW_COLUMNS - 1) * LINE; }
+  // Of the query at `row` of `rows`: finite whatever the row.
+  static FASTNA_DEVICE int shift_offset(int row, int rows) {
+    const int shift = window_begin<WINDOW_ROWS>(row, rows) - (row - ABOVE);
+    return minimum(maximum(shift + ABOVE, 0), WINDOW_ROWS - 1) * SHIFT;
+  }
+
+  // Fills the table (aligned to 8) of one head, whose bias is [2 WINDOW_ROWS - 1, 2 WINDOW_COLUMNS - 1], times `factor`; nothing is read without
+  // HAS_RPB. `thread` of `threads`; a barrier must follow.
+  template <bool HAS_RPB, class Rpb>
+  static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float factor, int thread, int threads) {
+    for (int i = thread; i < BYTES / 8; i += threads) {
+      const int line = i / ENTRIES - FIRST / LINE;  // -1: the hidden one
+      float pair[2];
+      FASTNA_UNROLL
+      for (int k = 0; k < 2; ++k) {
+        const int offset = i % ENTRIES + k - (TILE_SIDE - 1) - ABOVE, dr = KEYS ? -offset : offset;
+        const int from = line / LINES - 2 * ABOVE;  // first of the window, for this shift
+        const bool exists = dr > -WINDOW_ROWS && dr < WINDOW_ROWS;
+        const bool visible = !MASKS || (line >= 0 && dr >= from && dr < from + WINDOW_ROWS);
+        float value = 0.0f;
+        if constexpr (HAS_RPB) {
+          const int dc = KEYS ? WINDOW_COLUMNS - 1 - line % LINES : line % LINES - (WINDOW_COLUMNS - 1);
+          if (exists && visible) value = to_float(load_readonly(rpb + (dr + WINDOW_ROWS - 1) * LINES + dc + WINDOW_COLUMNS - 1)) * factor;
+        }
+        pair[k] = visible ? value : HIDDEN;
+      }
+      *reinterpret_cast<float2*>(table + i * 8) = {pair[0], pair[1]};
+    }
+  }
+};
+
+}  // namespace fastna
