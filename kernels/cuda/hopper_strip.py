@@ -6,6 +6,7 @@ the others, and all that row blocks of 8 rows do not suit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 
 from kernels.backend import BoundForward, Operands
 from kernels.cuda import bound, runtime
-from kernels.cuda.arguments import GEOMETRY, INT, POINTER, Struct, pack_geometry
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, Struct, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
 from kernels.cuda.hopper_tiles import why_not_tensor
@@ -34,12 +35,15 @@ HOPPER_STRIP_FORWARD = Struct(
     rpb=POINTER,
     geometry=GEOMETRY,
     walks=WALKS,
+    inverse_scale=FLOAT,
+    scale_log2e=FLOAT,
 )
 _set_pointers = HOPPER_STRIP_FORWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
 WINDOWS = (3, 5, 7)
 SIDE = 8  # of a tile
+LOG2_E = math.log2(math.e)
 MOST_TILES = {32: 4, 64: 2}
 """Tiles of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
 
@@ -141,7 +145,7 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     rows, columns = problem.window
     block = (strip.tiles * SIDE + columns - 1) * column
     line = (3 * SIDE - 2) * 8
-    bias = line + rows * (2 * columns - 1) * line
+    bias = rows * 2 * columns * line
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.tiles * SIDE * column + bias + barriers
 
@@ -187,7 +191,12 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     strip = choose_strip(problem, device)
     assert strip is not None, "why_not accepts the problem"
     walks, grid = pack_walks(problem, strip, device)
-    packed = HOPPER_STRIP_FORWARD.pack(geometry=pack_geometry(problem), walks=walks)
+    packed = HOPPER_STRIP_FORWARD.pack(
+        geometry=pack_geometry(problem),
+        walks=walks,
+        inverse_scale=1.0 / problem.scale,
+        scale_log2e=problem.scale * LOG2_E,
+    )
     launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
     width = strip.tiles * SIDE
     widths = (width, width + problem.window[1] - 1, width + problem.window[1] - 1)

@@ -16,6 +16,7 @@ struct HopperStripForwardArguments {
   const void* rpb;
   Geometry geometry;
   StripWalks walks;
+  float inverse_scale, scale_log2e;
 };
 
 // GROUPS: warpgroups that multiply, REGISTERS: of each of their threads. STAGES: row blocks in shared memory, QUERY_STAGES: steps of queries.
@@ -26,20 +27,6 @@ struct HopperStripForwardConfig {
   static constexpr bool HAS_RPB = HAS_RPB_;
   static constexpr int GROUPS = GROUPS_, STAGES = STAGES_, QUERY_STAGES = QUERY_STAGES_, CONSUMER_REGISTERS = REGISTERS;
 };
-
-// Of the 4 x 4 words of four neighbouring lanes, row r in lane r: gives lane r column r.
-FASTNA_DEVICE void transpose_words(u32 (&words)[4], int quad) {
-  FASTNA_UNROLL
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool upper = (quad & step) != 0;
-    FASTNA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      if ((i & step) != 0) continue;
-      const u32 received = shuffle_xor(upper ? words[i] : words[i + step], step);
-      (upper ? words[i] : words[i + step]) = received;
-    }
-  }
-}
 
 template <class Config>
 struct HopperStripForward {
@@ -87,184 +74,216 @@ struct HopperStripForward {
     }
   }
 
-  // What a lane knows of the queries of a step.
-  struct Row {
-    const u8* bias;  // the lane's first entry of its table
-    T* output;       // channel 8 quad of the token in column 0
-    float* lse;
-    bool exists;
-  };
-  FASTNA_DEVICE Row row_of(int batch, int step) const {
-    const Geometry& geometry = args.geometry;
-    const int lane = lane_index(), rows = geometry.axis[1].length, row = step * TILE_SIDE + lane / 4;
-    const i64 token = (static_cast<i64>(batch) * rows + row) * geometry.axis[2].length * geometry.heads + head;
-    return {shared.bias + Table::lane_offset(lane) + Table::shift_offset(row, rows),
-            static_cast<T*>(args.output) + token * D + lane % 4 * 8, args.lse + token, row < rows};
-  }
-
   // 128 threads: every GROUPS-th tile.
   FASTNA_DEVICE void consume(int group) {
-    const int thread = thread_index() - 128, lane = lane_index();
-    Table::template build<Config::HAS_RPB>(shared.bias, static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Shape::WINDOW_ROWS - 1) * Table::LINES),
-                                           1.0f / args.geometry.scale, thread, GROUPS * 128);
+    const int thread = thread_index() - 128, lane = lane_index(), warp = warp_index() % 4;
+    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Shape::WINDOW_ROWS - 1) * Table::LINES);
+    Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, GROUPS * 128);
     named_barrier(ALL_CONSUMERS, GROUPS * 128);
 
+    const Geometry& geometry = args.geometry;
+    const int rows = geometry.axis[1].length, columns = geometry.axis[2].length, row_tokens = columns * geometry.heads;
+    const int last_tile = args.walks.tiles - 1;
+    const auto seen_in = [&](int tile) { return StripColumns<Shape>(warp, tile * TILE_SIDE - Shape::LEFT, columns).code(); };
+    const int left = seen_in(0), right = seen_in(last_tile), inside = StripColumns<Shape>::interior(warp);
+    const u8* const table = shared.bias + Table::lane_offset(lane);
     const auto release = [&](MemoryBarrier& barrier) {
       if (lane == 0) barrier_arrive(barrier);
     };
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
     StripWalk walk;
-    int tile = group;
+    int in_strip = group;
     for (int round = 0; walk.template find<Shape::TILES>(args.walks, member, round); ++round) {
+      // The lane's query in column 2 warp of the strip's first tile: its results' addresses.
+      int row = lane / 4;
+      const int column = walk.first_tile * TILE_SIDE + 2 * warp;
+      const i64 token = ((static_cast<i64>(walk.batch) * rows + row) * columns + column) * geometry.heads + head;
+      T* output = static_cast<T*>(args.output) + token * D + (lane & 1) * 8 + (lane & 2) * 2;
+      float* lse = args.lse + token + (lane & 1) * geometry.heads;
+      keep(output);
+      keep(lse);
       barrier_wait(shared.full[at.slot], at.parity);
       for (int step = 0; step < args.walks.steps; ++step) {
         const RingPosition<STAGES> above = at;
         at.advance();
-        const Row row = row_of(walk.batch, step);
+        const u8* const bias = table + Table::shift_offset(row, rows);
         barrier_wait(shared.full[at.slot], at.parity);
         barrier_wait(shared.query_full[query_at.slot], query_at.parity);
 #pragma unroll 1
-        for (; tile < walk.tiles; tile += GROUPS) attend(row, (walk.first_tile + tile) * TILE_SIDE, tile * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot);
-        tile -= walk.tiles;
+        for (; in_strip < walk.tiles; in_strip += GROUPS) {
+          const int tile = walk.first_tile + in_strip;
+          const Results results{output, lse, in_strip * TILE_SIDE, row < rows ? columns - column - in_strip * TILE_SIDE : 0};
+          const Place place(warp, tile == 0 ? left : tile == last_tile ? right : inside);
+          attend(bias, place, in_strip * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot, results);
+        }
+        in_strip -= walk.tiles;
         sync_warp();
         release(shared.query_empty[query_at.slot]);
         release(shared.empty[above.slot]);
         query_at.advance();
+        row += TILE_SIDE;
+        output += TILE_SIDE * row_tokens * D;
+        lse += TILE_SIDE * row_tokens;
       }
       release(shared.empty[at.slot]);
       at.advance();
     }
   }
 
-  // Where a lane's initial scores are, for its first column of queries and its second one.
-  struct Bias {
-    const u8 *line[2], *first[2], *last[2];  // of a warp's first pair of columns; hidden ones in place of the first or the last column
+  // Where a warp's queries of a tile have their windows, and so where its initial scores are: bytes behind a lane's table, for both columns.
+  struct Place {
+    int pair, line, first[2], last[2];
 
-    FASTNA_DEVICE void next_block() {
+    FASTNA_DEVICE Place(int warp, int seen) {
+      pair = seen & 3;
+      line = Table::line_offset(2 * (pair - warp) - Shape::LEFT);
       FASTNA_UNROLL
-      for (int i = 0; i < 2; ++i) line[i] += TILE_SIDE * 8, first[i] += TILE_SIDE * 8, last[i] += TILE_SIDE * 8;
+      for (int i = 0; i < 2; ++i) {
+        const bool sees_first = (seen >> (2 + i) & 1) != 0;
+        first[i] = sees_first ? line - i * Table::LINE : 0;  // 0: hidden
+        last[i] = sees_first ? 0 : line + (2 * PAIRS - 1 - i) * Table::LINE;
+      }
     }
   };
+
   // Scores begin with bias / scale. PAIR: the first that the warp needs; others hold anything, since nobody looks at them.
   template <int PAIR>
-  static FASTNA_DEVICE void begin(float (&scores)[N / 2], const Bias& bias) {
+  static FASTNA_DEVICE void begin(float (&scores)[N / 2], const u8* bias, const Place& place) {
     FASTNA_UNROLL
     for (int j = 0; j < 2 * PAIRS; ++j) {
       FASTNA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const u8* line = j == 0 ? bias.first[i] : j == 2 * PAIRS - 1 ? bias.last[i] : bias.line[i] + j * Table::LINE;
-        const float2 initial = *reinterpret_cast<const float2*>(line);
+        const int offset = j == 0 ? place.first[i] : j == 2 * PAIRS - 1 ? place.last[i] : place.line + (j - i) * Table::LINE;
+        const float2 initial = *reinterpret_cast<const float2*>(bias + offset);
         scores[(2 * PAIR + j) * 4 + 2 * i] = initial.x, scores[(2 * PAIR + j) * 4 + 2 * i + 1] = initial.y;
       }
     }
   }
 
-  // Online: the largest score times `scale`, and the sum of weights 2^(scale score - top), that of a lane alone.
+  // Weights are 2^(scale score - top). Any top will do that keeps them finite and does not let all of them vanish: it is the largest of some
+  // scores, and raised where the sum of weights shows that it was too low.
   struct Softmax {
-    float top[2], sum[2], rescale[2];
+    float top[2], sum[4];  // sum: as an accumulator of weights times ones holds it
   };
-  // Weights are packed as a left operand, none beyond the warp's own pairs; what was summed up before is to be rescaled.
-  template <int PAIR>
-  static FASTNA_DEVICE void soften(const float (&scores)[N / 2], float scale, Softmax& softmax, u32 (&weights)[N / 4]) {
-    constexpr int FIRST = PAIR * 8, END = FIRST + PAIRS * 8;
+  static constexpr float MOST = is_same<T, half> ? 32768.0f : 1e18f;
+
+  // The largest of the scores of `COLUMNS` columns, `STEP` apart.
+  template <int FIRST, int COLUMNS, int STEP>
+  static FASTNA_DEVICE float largest(const float (&scores)[N / 2], int i) {
+    float top = fmaxf(scores[FIRST * 4 + 2 * i], scores[FIRST * 4 + 2 * i + 1]);
     FASTNA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      float top = fmaxf(scores[FIRST + 2 * i], scores[FIRST + 2 * i + 1]);
-      FASTNA_UNROLL
-      for (int j = FIRST + 2 * i + 4; j < END; j += 4) top = fmaxf(top, fmaxf(scores[j], scores[j + 1]));
-      top = fmaxf(top, shuffle_xor(top, 1));
-      top = fmaxf(softmax.top[i], fmaxf(top, shuffle_xor(top, 2)) * scale);
-      softmax.rescale[i] = exp2_approx(softmax.top[i] - top);
-      softmax.sum[i] *= softmax.rescale[i];
-      softmax.top[i] = top;
+    for (int j = 1; j < COLUMNS; ++j) {
+      const float* score = scores + (FIRST + j * STEP) * 4 + 2 * i;
+      top = fmaxf(top, fmaxf(score[0], score[1]));
     }
-    FASTNA_UNROLL
-    for (int j = 0; j < N / 2; j += 2) {
-      const int i = j / 2 % 2;
-      weights[j / 2] = 0;
-      if (j < FIRST || j >= END) continue;
-      const float pair[2] = {exp2_approx(scores[j] * scale - softmax.top[i]), exp2_approx(scores[j + 1] * scale - softmax.top[i])};
-      softmax.sum[i] += pair[0] + pair[1];
-      weights[j / 2] = pack2<T>(pair[0], pair[1]);
+    top = fmaxf(top, shuffle_xor(top, 1));
+    return fmaxf(top, shuffle_xor(top, 2));
+  }
+
+  // Scores of a row block become weights, packed as left operands, none beyond the warp's own pairs. `output`: of the block before.
+  template <int PAIR>
+  static FASTNA_DEVICE void soften(int block, const float (&scores)[N / 2], float scale, Softmax& softmax, u32 (&weights)[ALL_PAIRS][4], float (&output)[D / 2]) {
+    constexpr int FIRST = 2 * PAIR, COLUMNS = 2 * PAIRS;
+    if (block == 0) {
+      // Every query sees these columns, and some row of the first block in them.
+      FASTNA_UNROLL
+      for (int i = 0; i < 2; ++i) softmax.top[i] = largest<FIRST + 1, 2, COLUMNS - 3>(scores, i) * scale;
+    }
+    const u32 ones = pack2<T>(1.0f, 1.0f);
+    const float before[2] = {softmax.sum[0], softmax.sum[2]};
+    bool raised = false;
+    while (true) {
+      FASTNA_UNROLL
+      for (int pair = 0; pair < ALL_PAIRS; ++pair) {
+        FASTNA_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          const float* score = scores + pair * 8 + k * 2;
+          const float top = softmax.top[k % 2];
+          weights[pair][k] = 0;
+          if (pair >= PAIR && pair < PAIR + PAIRS)
+            weights[pair][k] = pack2<T>(exp2_approx(fmaf(score[0], scale, -top)), exp2_approx(fmaf(score[1], scale, -top)));
+        }
+        if (pair >= PAIR && pair < PAIR + PAIRS) mma_m16n8k16<T>(softmax.sum, weights[pair], ones, ones);
+      }
+      if (raised || all_in_warp(softmax.sum[0] < MOST && softmax.sum[2] < MOST)) break;
+      raised = true;
+      FASTNA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const float top = fmaxf(softmax.top[i], largest<FIRST, COLUMNS, 1>(scores, i) * scale);
+        const float rescale = exp2_approx(softmax.top[i] - top);
+        softmax.top[i] = top;
+        softmax.sum[2 * i] = softmax.sum[2 * i + 1] = before[i] * rescale;
+        FASTNA_UNROLL
+        for (int j = 2 * i; j < D / 2; j += 4) output[j] *= rescale, output[j + 1] *= rescale;
+      }
     }
   }
 
-  // Of the 64 queries from `column` of the map on, `offset` bytes into the strip's tiles and its row blocks, the one in slot `above` and the one `below`.
-  FASTNA_DEVICE void attend(const Row& row, int column, u32 offset, int above, int below, int query_slot) {
-    const int quad = lane_index() % 4, warp = warp_index() % 4, columns = args.geometry.axis[2].length;
-    const StripColumns<Shape> place(warp, column - Shape::LEFT, columns);
-    const float scale = args.geometry.scale * LOG2_E;
+  // A lane's results: addresses of channel 8 (lane % 2) + lane & 2 of a token, and of lse, `column` columns before; `seen` columns exist.
+  struct Results {
+    T* output;
+    float* lse;
+    int column, seen;
+  };
 
-    Bias bias;
-    FASTNA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const u8* const hidden = shared.bias + Table::lane_offset(lane_index());
-      bias.line[i] = row.bias + Table::line_offset(2 * (place.pair - warp) - i - Shape::LEFT);
-      bias.first[i] = place.sees_first[i] ? bias.line[i] : hidden;
-      bias.last[i] = place.sees_first[i] ? hidden : bias.line[i] + (2 * PAIRS - 1) * Table::LINE;
-    }
+  // Of the 64 queries `offset` bytes into the strip's tiles, and row blocks in slots `above` and `below`.
+  FASTNA_DEVICE void attend(const u8* bias, const Place& place, u32 offset, int above, int below, int query_slot, const Results& results) {
     float output[D / 2];
     FASTNA_UNROLL
     for (int i = 0; i < D / 2; ++i) output[i] = 0.0f;
-    Softmax softmax = {{HIDDEN, HIDDEN}, {0.0f, 0.0f}, {1.0f, 1.0f}};
-    const u32 query = shared_address(shared.query[query_slot]) + offset;
+    Softmax softmax{{0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+
+    const u64 query = matrix_descriptor<ROW>(shared_address(shared.query[query_slot]) + offset);
+    const u64 key = matrix_descriptor<ROW>(shared_address(shared.key[0]) + offset), value = matrix_descriptor<ROW>(shared_address(shared.value[0]) + offset);
 #pragma unroll 1
     for (int block = 0; block < 2; ++block) {
       float scores[N / 2];
+      u32 weights[ALL_PAIRS][4];
+      const u32 slot = (block == 0 ? above : below) * Shape::BLOCK_BYTES;
       switch (place.pair) {
-        case 0: begin<0>(scores, bias); break;
-        case 1: begin<1>(scores, bias); break;
-        case 2: begin<2>(scores, bias); break;
-        default: begin<3>(scores, bias); break;
+        case 0: begin<0>(scores, bias, place); break;
+        case 1: begin<1>(scores, bias, place); break;
+        case 2: begin<2>(scores, bias, place); break;
+        default: begin<3>(scores, bias, place); break;
       }
-      bias.next_block();
-      const int slot = block == 0 ? above : below;
-      const u32 key = shared_address(shared.key[slot]) + offset, value = shared_address(shared.value[slot]) + offset;
+      bias += TILE_SIDE * 8;
       wgmma_fence();
       FASTNA_UNROLL
-      for (int k = 0; k < D / 16; ++k)
-        Wgmma<N>::template product<T>(scores, matrix_descriptor<ROW>(query + k * 32), matrix_descriptor<ROW>(key + k * 32), true);
+      for (int k = 0; k < D / 16; ++k) Wgmma<N>::template product<T>(scores, operand_at(query, k * 32), operand_at(key, slot + k * 32), true);
       wgmma_commit();
       wgmma_wait<0>();
-
-      u32 weights[N / 4];
       switch (place.pair) {
-        case 0: soften<0>(scores, scale, softmax, weights); break;
-        case 1: soften<1>(scores, scale, softmax, weights); break;
-        case 2: soften<2>(scores, scale, softmax, weights); break;
-        default: soften<3>(scores, scale, softmax, weights); break;
+        case 0: soften<0>(block, scores, args.scale_log2e, softmax, weights, output); break;
+        case 1: soften<1>(block, scores, args.scale_log2e, softmax, weights, output); break;
+        case 2: soften<2>(block, scores, args.scale_log2e, softmax, weights, output); break;
+        default: soften<3>(block, scores, args.scale_log2e, softmax, weights, output); break;
       }
-      FASTNA_UNROLL
-      for (int i = 0; i < D / 2; ++i) output[i] *= softmax.rescale[i >> 1 & 1];
       wgmma_fence();
       FASTNA_UNROLL
       for (int pair = 0; pair < ALL_PAIRS; ++pair)
-        Wgmma<D>::template product_transposed<T>(output, weights + pair * 4, matrix_descriptor<ROW>(value + pair * 2 * Shape::COLUMN_BYTES));
+        Wgmma<D>::template product_transposed<T>(output, weights[pair], operand_at(value, slot + pair * 2 * Shape::COLUMN_BYTES));
       wgmma_commit();
       wgmma_wait<0>();
     }
 
+    // Neighbouring lanes swap words, so that each has 8 bytes of one of two chunks, and four lanes fill a sector.
+    const bool odd = (lane_index() & 1) != 0;
+    const int heads = args.geometry.heads;
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
-      softmax.sum[i] += shuffle_xor(softmax.sum[i], 1);
-      softmax.sum[i] += shuffle_xor(softmax.sum[i], 2);
-    }
-    FASTNA_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int token = (column + 2 * warp + i) * args.geometry.heads;
-      const bool exists = row.exists && column + 2 * warp + i < columns;
-      const float inverse = reciprocal_approx(softmax.sum[i]);
+      const float inverse = reciprocal_approx(softmax.sum[2 * i]);
+      T* const to = results.output + static_cast<i64>((results.column + i) * heads) * D;
       FASTNA_UNROLL
-      for (int c = 0; c < D / 32; ++c) {
-        u32 words[4];
-        FASTNA_UNROLL
-        for (int k = 0; k < 4; ++k) words[k] = pack2<T>(output[(c * 4 + k) * 4 + 2 * i] * inverse, output[(c * 4 + k) * 4 + 2 * i + 1] * inverse);
-        transpose_words(words, quad);
-        if (exists) store_global_16(row.output + static_cast<i64>(token) * D + c * 32, {words[0], words[1], words[2], words[3]});
+      for (int n = 0; n < D / 8; n += 2) {
+        const float *even_pair = output + n * 4 + 2 * i, *odd_pair = even_pair + 4;
+        const u32 words[2] = {pack2<T>(even_pair[0] * inverse, even_pair[1] * inverse), pack2<T>(odd_pair[0] * inverse, odd_pair[1] * inverse)};
+        const u32 received = shuffle_xor(odd ? words[0] : words[1], 1);
+        if (i < results.seen) *reinterpret_cast<uint2*>(to + n * 8) = {odd ? received : words[0], odd ? words[1] : received};
       }
-      if (exists && quad == i) row.lse[token] = (softmax.top[i] + log2_approx(softmax.sum[i])) * LN_2;
     }
+    const float top = odd ? softmax.top[1] : softmax.top[0], sum = odd ? softmax.sum[2] : softmax.sum[0];
+    if (lane_index() % 4 < minimum(results.seen, 2)) results.lse[results.column * heads] = (top + log2_approx(sum)) * LN_2;
   }
 };
 

@@ -52,6 +52,11 @@ struct RingPosition {
   }
 };
 
+// Descriptor of what lies `bytes` (a multiple of 16) behind an operand: shared memory ends before the addition carries.
+FASTNA_DEVICE u64 operand_at(u64 descriptor, u32 bytes) {
+  return (descriptor & ~0xffffffffull) | (static_cast<u32>(descriptor) + (bytes >> 4));
+}
+
 // How walks are dealt out. A block keeps to one head; blocks of neighbouring numbers take neighbouring heads of the same batch entry, and
 // strips of the same map, at the same time: they share sectors of DRAM, and the halo in L2.
 struct StripWalks {
@@ -99,24 +104,27 @@ struct StripColumns {
     sees_first[0] = begin[0] % 2 == 0;
     sees_first[1] = begin[1] == 2 * pair;
   }
+  // All of it in four bits: only the first and the last tile of a row differ from `interior`.
+  FASTNA_DEVICE int code() const { return pair | static_cast<int>(sees_first[0]) << 2 | static_cast<int>(sees_first[1]) << 3; }
+  static FASTNA_DEVICE int interior(int warp) { return warp | 1 << 2; }
 };
 
 // Bias as accumulators hold it: entry i of a line is {B(dr, dc), B(dr + 1, dc)} with dr = i - 7 - ABOVE, where dr, dc = key - query.
 // Rows of the product are queries: lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line
 // dc + WINDOW_COLUMNS - 1. With KEYS rows are keys and an entry is {B(dr, dc), B(dr - 1, dc)} with dr = 7 + ABOVE - i: the lane's entries
 // are the same ones, lines count the other way: dc = WINDOW_COLUMNS - 1 - line.
-// With MASKS there is a table for every shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN;
-// and a line that is HIDDEN altogether goes before them. Without, what no window reaches is zero.
+// With MASKS there is a table for every shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN,
+// and a line that is HIDDEN altogether comes first. Without, what no window reaches is zero.
 template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool MASKS, bool KEYS = false>
 struct StripTable {
   static constexpr int ABOVE = WINDOW_ROWS / 2;
   static constexpr int ENTRIES = 3 * TILE_SIDE - 2, LINE = ENTRIES * 8;
-  static constexpr int LINES = 2 * WINDOW_COLUMNS - 1, SHIFT = LINES * LINE;  // bytes from a shift to the next
-  static constexpr int FIRST = MASKS ? LINE : 0;                             // offset of the first table
-  static constexpr int BYTES = FIRST + (MASKS ? WINDOW_ROWS : 1) * SHIFT;
+  static constexpr int LINES = 2 * WINDOW_COLUMNS - 1, HIDDEN_LINES = MASKS ? 1 : 0;
+  static constexpr int SHIFT = (HIDDEN_LINES + LINES) * LINE;  // bytes from a shift to the next
+  static constexpr int BYTES = (MASKS ? WINDOW_ROWS : 1) * SHIFT;
 
   static FASTNA_DEVICE int lane_offset(int lane) { return (2 * (lane & 3) - (lane >> 2) + TILE_SIDE - 1) * 8; }
-  static FASTNA_DEVICE int line_offset(int dc) { return FIRST + ((KEYS ? -dc : dc) + WINDOW_COLUMNS - 1) * LINE; }
+  static FASTNA_DEVICE int line_offset(int dc) { return (HIDDEN_LINES + (KEYS ? -dc : dc) + WINDOW_COLUMNS - 1) * LINE; }
   // Of the query at `row` of `rows`: finite whatever the row.
   static FASTNA_DEVICE int shift_offset(int row, int rows) {
     const int shift = window_begin<WINDOW_ROWS>(row, rows) - (row - ABOVE);
@@ -128,17 +136,17 @@ struct StripTable {
   template <bool HAS_RPB, class Rpb>
   static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float factor, int thread, int threads) {
     for (int i = thread; i < BYTES / 8; i += threads) {
-      const int line = i / ENTRIES - FIRST / LINE;  // -1: the hidden one
+      const int line = i * 8 % SHIFT / LINE - HIDDEN_LINES;  // -1: the hidden one
+      const int from = i * 8 / SHIFT - 2 * ABOVE;            // first dr of the window, for this shift
       float pair[2];
       FASTNA_UNROLL
       for (int k = 0; k < 2; ++k) {
         const int offset = i % ENTRIES + k - (TILE_SIDE - 1) - ABOVE, dr = KEYS ? -offset : offset;
-        const int from = line / LINES - 2 * ABOVE;  // first of the window, for this shift
         const bool exists = dr > -WINDOW_ROWS && dr < WINDOW_ROWS;
         const bool visible = !MASKS || (line >= 0 && dr >= from && dr < from + WINDOW_ROWS);
         float value = 0.0f;
         if constexpr (HAS_RPB) {
-          const int dc = KEYS ? WINDOW_COLUMNS - 1 - line % LINES : line % LINES - (WINDOW_COLUMNS - 1);
+          const int dc = KEYS ? WINDOW_COLUMNS - 1 - line : line - (WINDOW_COLUMNS - 1);
           if (exists && visible) value = to_float(load_readonly(rpb + (dr + WINDOW_ROWS - 1) * LINES + dc + WINDOW_COLUMNS - 1)) * factor;
         }
         pair[k] = visible ? value : HIDDEN;
