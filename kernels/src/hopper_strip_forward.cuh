@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fastna/hopper_strip.cuh"
+#include "fastna/hopper_tiles.cuh"
 
 namespace fastna {
 
@@ -82,7 +83,7 @@ struct HopperStripForward {
     named_barrier(ALL_CONSUMERS, GROUPS * 128);
 
     const Geometry& geometry = args.geometry;
-    const int rows = geometry.axis[1].length, columns = geometry.axis[2].length, row_tokens = columns * geometry.heads;
+    const int rows = geometry.axis[1].length, columns = geometry.axis[2].length;
     const int last_tile = args.walks.tiles - 1;
     const auto seen_in = [&](int tile) { return StripColumns<Shape>(warp, tile * TILE_SIDE - Shape::LEFT, columns).code(); };
     const int left = seen_in(0), right = seen_in(last_tile), inside = StripColumns<Shape>::interior(warp);
@@ -95,27 +96,22 @@ struct HopperStripForward {
     StripWalk walk;
     int in_strip = group;
     for (int round = 0; walk.template find<Shape::TILES>(args.walks, member, round); ++round) {
-      // The lane's query in column 2 warp of the strip's first tile: its results' addresses.
-      int row = lane / 4;
+      int row = 0;  // of the map; `token` is the number of the one there in the warp's first column, among all tokens and heads
       const int column = walk.first_tile * TILE_SIDE + 2 * warp;
-      const i64 token = ((static_cast<i64>(walk.batch) * rows + row) * columns + column) * geometry.heads + head;
-      T* output = static_cast<T*>(args.output) + token * D + (lane & 1) * 8 + (lane & 2) * 2;
-      float* lse = args.lse + token + (lane & 1) * geometry.heads;
-      keep(output);
-      keep(lse);
+      u32 token = (walk.batch * rows * columns + column) * geometry.heads + head;
       barrier_wait(shared.full[at.slot], at.parity);
       for (int step = 0; step < args.walks.steps; ++step) {
         const RingPosition<STAGES> above = at;
         at.advance();
-        const u8* const bias = table + Table::shift_offset(row, rows);
+        const u8* const bias = table + Table::shift_offset(row + lane / 4, rows);
         barrier_wait(shared.full[at.slot], at.parity);
         barrier_wait(shared.query_full[query_at.slot], query_at.parity);
 #pragma unroll 1
         for (; in_strip < walk.tiles; in_strip += GROUPS) {
           const int tile = walk.first_tile + in_strip;
-          const Results results{output, lse, in_strip * TILE_SIDE, row < rows ? columns - column - in_strip * TILE_SIDE : 0};
           const Place place(warp, tile == 0 ? left : tile == last_tile ? right : inside);
-          attend(bias, place, in_strip * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot, results);
+          attend(bias, place, in_strip * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot,
+                 token + in_strip * TILE_SIDE * geometry.heads, rows - row, columns - column - in_strip * TILE_SIDE);
         }
         in_strip -= walk.tiles;
         sync_warp();
@@ -123,8 +119,7 @@ struct HopperStripForward {
         release(shared.empty[above.slot]);
         query_at.advance();
         row += TILE_SIDE;
-        output += TILE_SIDE * row_tokens * D;
-        lse += TILE_SIDE * row_tokens;
+        token += TILE_SIDE * columns * geometry.heads;
       }
       release(shared.empty[at.slot]);
       at.advance();
@@ -145,90 +140,126 @@ struct HopperStripForward {
         last[i] = sees_first ? 0 : line + (2 * PAIRS - 1 - i) * Table::LINE;
       }
     }
+    // Of the warp's column `j` of keys; `at` is `line`.
+    FASTNA_DEVICE float2 initial(const u8* bias, int at, int j, int i) const {
+      const int offset = j == 0 ? first[i] : j == 2 * PAIRS - 1 ? last[i] : at + (j - i) * Table::LINE;
+      return *reinterpret_cast<const float2*>(bias + offset);
+    }
   };
 
   // Scores begin with bias / scale. PAIR: the first that the warp needs; others hold anything, since nobody looks at them.
   template <int PAIR>
   static FASTNA_DEVICE void begin(float (&scores)[N / 2], const u8* bias, const Place& place) {
+    int line = place.line;
+    keep(line);  // one address, and offsets from it in the instructions
     FASTNA_UNROLL
     for (int j = 0; j < 2 * PAIRS; ++j) {
       FASTNA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const int offset = j == 0 ? place.first[i] : j == 2 * PAIRS - 1 ? place.last[i] : place.line + (j - i) * Table::LINE;
-        const float2 initial = *reinterpret_cast<const float2*>(bias + offset);
+        const float2 initial = place.initial(bias, line, j, i);
         scores[(2 * PAIR + j) * 4 + 2 * i] = initial.x, scores[(2 * PAIR + j) * 4 + 2 * i + 1] = initial.y;
       }
     }
   }
 
   // Weights are 2^(scale score - top). Any top will do that keeps them finite and does not let all of them vanish: it is the largest of some
-  // scores, and raised where the sum of weights shows that it was too low.
+  // scores of the first row block, and raised where the sum of weights shows that it was too low.
   struct Softmax {
     float top[2], sum[4];  // sum: as an accumulator of weights times ones holds it
   };
   static constexpr float MOST = is_same<T, half> ? 32768.0f : 1e18f;
 
-  // The largest of the scores of `COLUMNS` columns, `STEP` apart.
-  template <int FIRST, int COLUMNS, int STEP>
-  static FASTNA_DEVICE float largest(const float (&scores)[N / 2], int i) {
-    float top = fmaxf(scores[FIRST * 4 + 2 * i], scores[FIRST * 4 + 2 * i + 1]);
-    FASTNA_UNROLL
-    for (int j = 1; j < COLUMNS; ++j) {
-      const float* score = scores + (FIRST + j * STEP) * 4 + 2 * i;
-      top = fmaxf(top, fmaxf(score[0], score[1]));
-    }
-    top = fmaxf(top, shuffle_xor(top, 1));
-    return fmaxf(top, shuffle_xor(top, 2));
+  // The larger one of two scores and of all in a row's four lanes.
+  static FASTNA_DEVICE float largest(float a, float b) {
+    a = fmaxf(a, b);
+    a = fmaxf(a, shuffle_xor(a, 1));
+    return fmaxf(a, shuffle_xor(a, 2));
   }
 
-  // Scores of a row block become weights, packed as left operands, none beyond the warp's own pairs. `output`: of the block before.
+  // Scores of a row block become weights, packed as left operands, none beyond the warp's own pairs.
   template <int PAIR>
-  static FASTNA_DEVICE void soften(int block, const float (&scores)[N / 2], float scale, Softmax& softmax, u32 (&weights)[ALL_PAIRS][4], float (&output)[D / 2]) {
-    constexpr int FIRST = 2 * PAIR, COLUMNS = 2 * PAIRS;
+  static FASTNA_DEVICE void soften(int block, const float (&scores)[N / 2], float scale, Softmax& softmax, u32 (&weights)[ALL_PAIRS][4]) {
     if (block == 0) {
-      // Every query sees these columns, and some row of the first block in them.
+      // Every query sees these two columns, and some row of the first block in them.
+      const float *first = scores + (2 * PAIR + 1) * 4, *last = scores + (2 * PAIR + 2 * PAIRS - 2) * 4;
       FASTNA_UNROLL
-      for (int i = 0; i < 2; ++i) softmax.top[i] = largest<FIRST + 1, 2, COLUMNS - 3>(scores, i) * scale;
+      for (int i = 0; i < 4; i += 2) softmax.top[i / 2] = largest(fmaxf(first[i], first[i + 1]), fmaxf(last[i], last[i + 1])) * scale;
     }
     const u32 ones = pack2<T>(1.0f, 1.0f);
-    const float before[2] = {softmax.sum[0], softmax.sum[2]};
-    bool raised = false;
-    while (true) {
+    FASTNA_UNROLL
+    for (int pair = 0; pair < ALL_PAIRS; ++pair) {
+      const bool needed = pair >= PAIR && pair < PAIR + PAIRS;
+      FASTNA_UNROLL
+      for (int k = 0; k < 4; ++k) weights[pair][k] = needed ? weigh(scores + pair * 8 + k * 2, scale, softmax.top[k % 2]) : 0;
+      if (needed) mma_m16n8k16<T>(softmax.sum, weights[pair], ones, ones);
+    }
+  }
+  static FASTNA_DEVICE u32 weigh(const float* scores, float scale, float top) {
+    return pack2<T>(exp2_approx(fmaf(scores[0], scale, -top)), exp2_approx(fmaf(scores[1], scale, -top)));
+  }
+
+  // The weights of a row block once more, for a top that is the largest score up to now. Rare, so that a warp multiplies for itself, twice and
+  // anew with the block before, rather than to hold anything in registers for it. `query` is the address of the tile, `keys` of its columns in
+  // the first row block, `next` bytes before the second one; `output` is that of the block before.
+  FASTNA_DEVICE void raise(int block, u32 query, u32 keys, u32 next, const u8* bias, const Place& place, Softmax& softmax, u32 (&weights)[ALL_PAIRS][4],
+                           float (&output)[D / 2]) const {
+    const int warp = warp_index() % 4, count = (block + 1) * PAIRS;
+    float top[2] = {HIDDEN, HIDDEN};
+#pragma unroll 1
+    for (int p = 0; p < 2 * count; ++p) {
+      int lane = lane_index();
+      keep(lane);  // rather than what follows from it
+      const int first = p % PAIRS * 2, of_block = p / PAIRS % (block + 1);  // column of the pair
+      float scores[2][4];
+      FASTNA_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        FASTNA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const float2 initial = place.initial(bias + of_block * (TILE_SIDE * 8), place.line, first + j, i);
+          scores[j][2 * i] = initial.x, scores[j][2 * i + 1] = initial.y;
+        }
+      }
+      const u32 key = keys + of_block * next + (2 * place.pair + first + lane / 16) * Shape::COLUMN_BYTES;
+#pragma unroll 1
+      for (int k = 0; k < D / 16; ++k) {
+        u32 left[4], right[4];
+        load_matrix_x4(left, query + swizzled_chunk<ROW>(warp * 16 + lane % 16, 2 * k + lane / 16));
+        load_matrix_x4(right, key + swizzled_chunk<ROW>(lane % 8, 2 * k + lane / 8 % 2));
+        mma_m16n8k16<T>(scores[0], left, right[0], right[1]);
+        mma_m16n8k16<T>(scores[1], left, right[2], right[3]);
+      }
+      if (p < count) {
+        FASTNA_UNROLL
+        for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], fmaxf(scores[0][i], scores[1][i]));
+        if (p < count - 1) continue;
+        FASTNA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const float before = softmax.top[i];
+          softmax.top[i] = largest(top[i], top[i]) * args.scale_log2e;
+          softmax.sum[2 * i] = softmax.sum[2 * i + 1] = 0.0f;
+          const float rescale = exp2_approx(before - softmax.top[i]);
+          FASTNA_UNROLL
+          for (int j = 2 * i; j < D / 2; j += 4) output[j] *= rescale, output[j + 1] *= rescale;
+        }
+        continue;
+      }
+      u32 raised[4];
+      FASTNA_UNROLL
+      for (int k = 0; k < 4; ++k) raised[k] = weigh(scores[k / 2] + k % 2 * 2, args.scale_log2e, softmax.top[k % 2]);
+      const u32 ones = pack2<T>(1.0f, 1.0f);
+      mma_m16n8k16<T>(softmax.sum, raised, ones, ones);
+      if (of_block < block) continue;
       FASTNA_UNROLL
       for (int pair = 0; pair < ALL_PAIRS; ++pair) {
         FASTNA_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          const float* score = scores + pair * 8 + k * 2;
-          const float top = softmax.top[k % 2];
-          weights[pair][k] = 0;
-          if (pair >= PAIR && pair < PAIR + PAIRS)
-            weights[pair][k] = pack2<T>(exp2_approx(fmaf(score[0], scale, -top)), exp2_approx(fmaf(score[1], scale, -top)));
-        }
-        if (pair >= PAIR && pair < PAIR + PAIRS) mma_m16n8k16<T>(softmax.sum, weights[pair], ones, ones);
-      }
-      if (raised || all_in_warp(softmax.sum[0] < MOST && softmax.sum[2] < MOST)) break;
-      raised = true;
-      FASTNA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const float top = fmaxf(softmax.top[i], largest<FIRST, COLUMNS, 1>(scores, i) * scale);
-        const float rescale = exp2_approx(softmax.top[i] - top);
-        softmax.top[i] = top;
-        softmax.sum[2 * i] = softmax.sum[2 * i + 1] = before[i] * rescale;
-        FASTNA_UNROLL
-        for (int j = 2 * i; j < D / 2; j += 4) output[j] *= rescale, output[j + 1] *= rescale;
+        for (int k = 0; k < 4; ++k) weights[pair][k] = 2 * pair == 2 * place.pair + first ? raised[k] : weights[pair][k];
       }
     }
   }
 
-  // A lane's results: addresses of channel 8 (lane % 2) + lane & 2 of a token, and of lse, `column` columns before; `seen` columns exist.
-  struct Results {
-    T* output;
-    float* lse;
-    int column, seen;
-  };
-
-  // Of the 64 queries `offset` bytes into the strip's tiles, and row blocks in slots `above` and `below`.
-  FASTNA_DEVICE void attend(const u8* bias, const Place& place, u32 offset, int above, int below, int query_slot, const Results& results) {
+  // Of the 64 queries `offset` bytes into the strip's tiles, and row blocks in slots `above` and `below`. `token`: of the warp's first query,
+  // from which on there are so many rows and columns in the map.
+  FASTNA_DEVICE void attend(const u8* bias, const Place& place, u32 offset, int above, int below, int query_slot, u32 token, int rows, int columns) {
     float output[D / 2];
     FASTNA_UNROLL
     for (int i = 0; i < D / 2; ++i) output[i] = 0.0f;
@@ -242,23 +273,25 @@ struct HopperStripForward {
       u32 weights[ALL_PAIRS][4];
       const u32 slot = (block == 0 ? above : below) * Shape::BLOCK_BYTES;
       switch (place.pair) {
-        case 0: begin<0>(scores, bias, place); break;
-        case 1: begin<1>(scores, bias, place); break;
-        case 2: begin<2>(scores, bias, place); break;
-        default: begin<3>(scores, bias, place); break;
+        case 0: begin<0>(scores, bias + block * (TILE_SIDE * 8), place); break;
+        case 1: begin<1>(scores, bias + block * (TILE_SIDE * 8), place); break;
+        case 2: begin<2>(scores, bias + block * (TILE_SIDE * 8), place); break;
+        default: begin<3>(scores, bias + block * (TILE_SIDE * 8), place); break;
       }
-      bias += TILE_SIDE * 8;
       wgmma_fence();
       FASTNA_UNROLL
       for (int k = 0; k < D / 16; ++k) Wgmma<N>::template product<T>(scores, operand_at(query, k * 32), operand_at(key, slot + k * 32), true);
       wgmma_commit();
       wgmma_wait<0>();
       switch (place.pair) {
-        case 0: soften<0>(block, scores, args.scale_log2e, softmax, weights, output); break;
-        case 1: soften<1>(block, scores, args.scale_log2e, softmax, weights, output); break;
-        case 2: soften<2>(block, scores, args.scale_log2e, softmax, weights, output); break;
-        default: soften<3>(block, scores, args.scale_log2e, softmax, weights, output); break;
+        case 0: soften<0>(block, scores, args.scale_log2e, softmax, weights); break;
+        case 1: soften<1>(block, scores, args.scale_log2e, softmax, weights); break;
+        case 2: soften<2>(block, scores, args.scale_log2e, softmax, weights); break;
+        default: soften<3>(block, scores, args.scale_log2e, softmax, weights); break;
       }
+      if (!all_in_warp(softmax.sum[0] < MOST && softmax.sum[2] < MOST))
+        raise(block, shared_address(shared.query[query_slot]) + offset, shared_address(shared.key[above]) + offset, (below - above) * Shape::BLOCK_BYTES, bias,
+              place, softmax, weights, output);
       wgmma_fence();
       FASTNA_UNROLL
       for (int pair = 0; pair < ALL_PAIRS; ++pair)
@@ -268,22 +301,26 @@ struct HopperStripForward {
     }
 
     // Neighbouring lanes swap words, so that each has 8 bytes of one of two chunks, and four lanes fill a sector.
-    const bool odd = (lane_index() & 1) != 0;
-    const int heads = args.geometry.heads;
+    int lane = lane_index();
+    keep(lane);  // rather than what follows from it, all through the kernel
+    const bool odd = (lane & 1) != 0;
+    const int seen = lane / 4 < rows ? columns : 0;
+    token += lane / 4 * (args.geometry.axis[2].length * args.geometry.heads);
+    T* const results = static_cast<T*>(args.output) + (lane & 1) * 8 + (lane & 2) * 2;
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const float inverse = reciprocal_approx(softmax.sum[2 * i]);
-      T* const to = results.output + static_cast<i64>((results.column + i) * heads) * D;
+      T* const to = results + static_cast<u64>(token + i * args.geometry.heads) * D;
       FASTNA_UNROLL
       for (int n = 0; n < D / 8; n += 2) {
         const float *even_pair = output + n * 4 + 2 * i, *odd_pair = even_pair + 4;
         const u32 words[2] = {pack2<T>(even_pair[0] * inverse, even_pair[1] * inverse), pack2<T>(odd_pair[0] * inverse, odd_pair[1] * inverse)};
         const u32 received = shuffle_xor(odd ? words[0] : words[1], 1);
-        if (i < results.seen) *reinterpret_cast<uint2*>(to + n * 8) = {odd ? received : words[0], odd ? words[1] : received};
+        if (i < seen) *reinterpret_cast<uint2*>(to + n * 8) = {odd ? received : words[0], odd ? words[1] : received};
       }
     }
     const float top = odd ? softmax.top[1] : softmax.top[0], sum = odd ? softmax.sum[2] : softmax.sum[0];
-    if (lane_index() % 4 < minimum(results.seen, 2)) results.lse[results.column * heads] = (top + log2_approx(sum)) * LN_2;
+    if (lane % 4 < minimum(seen, 2)) args.lse[token + (odd ? args.geometry.heads : 0)] = (top + log2_approx(sum)) * LN_2;
   }
 };
 
