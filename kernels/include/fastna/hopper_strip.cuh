@@ -3,9 +3,10 @@
 // A *tile* is 8 rows x 8 columns of queries (or keys): the 64 rows m = 8 column + row of a warpgroup's product. Warp w holds columns 2 w and
 // 2 w + 1, its lane 4 g + q row g of both. A *row block* is 8 rows of the other side's tokens in shared memory, [column][row][channel]: a column
 // is a core-matrix group of 8 rows, so that any run of columns is one operand. With windows of k = 2 L + 1 rows, row block i holds rows
-// 8 i - L .. 8 i - L + 7 of the map, zeros where these lie outside. The tile of rows 8 s .. 8 s + 7 needs blocks s and s + 1, and the one of
-// columns c .. c + 7 their columns c - L .. c + 7 + L, clamped windows included, and keys as much as queries, provided that length mod 8
-// is 0 or above L: so key - query is the same for an accumulator element everywhere. kernels/cuda/hopper_strip.py refuses other lengths.
+// 8 i - L .. 8 i - L + 7 of the map, zeros where these lie outside. The queries of rows 8 s .. 8 s + 7 see keys of blocks s and s + 1 only, those of
+// columns c .. c + 7 keys of columns c - L .. c + 7 + L, clamped windows included, provided that length mod 8 is 0 or above L: so key - query is
+// the same for an accumulator element everywhere. kernels/cuda/hopper_strip.py refuses other lengths. (Inverse windows are another matter: near a
+// border a key is seen from further away.)
 //
 // A *walk* goes down one strip of columns of one head's map: step s multiplies the strip's tiles of rows 8 s .. 8 s + 7. Row blocks come through
 // a ring, each once: steps + 1 to a walk.
