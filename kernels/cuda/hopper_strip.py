@@ -46,6 +46,8 @@ SIDE = 8  # of a tile
 LOG2_E = math.log2(math.e)
 MOST_TILES = {32: 4, 64: 2}
 """Tiles of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
+GROUPS = {32: 4, 64: 3}
+"""Warpgroups that multiply, by head_dim: as many as have registers enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Strip:
     tiles: int
     stages: int
     query_stages: int
-    groups: int = 3
+    groups: int
 
     @property
     def threads(self) -> int:
@@ -133,7 +135,7 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
     strips = -(-tiles // MOST_TILES[problem.head_dim])
     width = -(-tiles // strips)
     for stages, query_stages in ((6, 4), (5, 3), (4, 2), (3, 2), (3, 1)):
-        strip = Strip(width, stages, query_stages)
+        strip = Strip(width, stages, query_stages, GROUPS[problem.head_dim])
         if shared_bytes(problem, strip) <= device.shared_memory:
             return strip
     return None
@@ -145,7 +147,7 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     rows, columns = problem.window
     block = (strip.tiles * SIDE + columns - 1) * column
     line = (3 * SIDE - 2) * 8
-    bias = rows * 2 * columns * line
+    bias = rows * 2 * columns * line + 3 * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.tiles * SIDE * column + bias + barriers
 

@@ -42,6 +42,7 @@ struct HopperStripForward {
     u8 key[STAGES][Shape::BLOCK_BYTES], value[STAGES][Shape::BLOCK_BYTES];
     u8 query[QUERY_STAGES][Shape::ROWS_BYTES];
     u8 bias[Table::BYTES];
+    int own_bias[3][WARP];  // of a lane: bytes into `bias`, in the first step, in those between, and in the last one
     MemoryBarrier full[STAGES], empty[STAGES], query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
   };
 
@@ -80,6 +81,11 @@ struct HopperStripForward {
     const int thread = thread_index() - 128, lane = lane_index(), warp = warp_index() % 4;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Shape::WINDOW_ROWS - 1) * Table::LINES);
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, GROUPS * 128);
+    if (thread < 3 * WARP) {
+      const int kind = thread / WARP, step = kind == 0 ? 0 : kind == 1 ? 1 : args.walks.steps - 1, rows = args.geometry.axis[1].length;
+      const int row = step * TILE_SIDE + lane / 4;
+      shared.own_bias[kind][lane] = Table::lane_offset(lane) + (kind == 1 ? Shape::ABOVE * Table::SHIFT : Table::shift_offset(row, rows));
+    }
     named_barrier(ALL_CONSUMERS, GROUPS * 128);
 
     const Geometry& geometry = args.geometry;
@@ -87,7 +93,6 @@ struct HopperStripForward {
     const int last_tile = args.walks.tiles - 1;
     const auto seen_in = [&](int tile) { return StripColumns<Shape>(warp, tile * TILE_SIDE - Shape::LEFT, columns).code(); };
     const int left = seen_in(0), right = seen_in(last_tile), inside = StripColumns<Shape>::interior(warp);
-    const u8* const table = shared.bias + Table::lane_offset(lane);
     const auto release = [&](MemoryBarrier& barrier) {
       if (lane == 0) barrier_arrive(barrier);
     };
@@ -103,14 +108,14 @@ struct HopperStripForward {
       for (int step = 0; step < args.walks.steps; ++step) {
         const RingPosition<STAGES> above = at;
         at.advance();
-        const u8* const bias = table + Table::shift_offset(row + lane / 4, rows);
+        const int* own_bias = shared.own_bias[step == 0 ? 0 : step < args.walks.steps - 1 ? 1 : 2];
         barrier_wait(shared.full[at.slot], at.parity);
         barrier_wait(shared.query_full[query_at.slot], query_at.parity);
 #pragma unroll 1
         for (; in_strip < walk.tiles; in_strip += GROUPS) {
           const int tile = walk.first_tile + in_strip;
           const Place place(warp, tile == 0 ? left : tile == last_tile ? right : inside);
-          attend(bias, place, in_strip * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot,
+          attend(own_bias, place, in_strip * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot,
                  token + in_strip * TILE_SIDE * geometry.heads, rows - row, columns - column - in_strip * TILE_SIDE);
         }
         in_strip -= walk.tiles;
@@ -201,30 +206,30 @@ struct HopperStripForward {
   // The weights of a row block once more, for a top that is the largest score up to now. Rare, so that a warp multiplies for itself, twice and
   // anew with the block before, rather than to hold anything in registers for it. `query` is the address of the tile, `keys` of its columns in
   // the first row block, `next` bytes before the second one; `output` is that of the block before.
-  FASTNA_DEVICE void raise(int block, u32 query, u32 keys, u32 next, const u8* bias, const Place& place, Softmax& softmax, u32 (&weights)[ALL_PAIRS][4],
+  FASTNA_DEVICE void raise(int block, u32 query, u32 keys, u32 next, const int* own_bias, const Place& place, Softmax& softmax, u32 (&weights)[ALL_PAIRS][4],
                            float (&output)[D / 2]) const {
     const int warp = warp_index() % 4, count = (block + 1) * PAIRS;
     float top[2] = {HIDDEN, HIDDEN};
 #pragma unroll 1
     for (int p = 0; p < 2 * count; ++p) {
+      const int first = p % PAIRS * 2, of_block = p % count >= PAIRS ? 1 : 0;  // column of the pair
       int lane = lane_index();
       keep(lane);  // rather than what follows from it
-      const int first = p % PAIRS * 2, of_block = p / PAIRS % (block + 1);  // column of the pair
+      const u8* const bias = shared.bias + own_bias[lane] + of_block * (TILE_SIDE * 8);
       float scores[2][4];
       FASTNA_UNROLL
       for (int j = 0; j < 2; ++j) {
         FASTNA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const float2 initial = place.initial(bias + of_block * (TILE_SIDE * 8), place.line, first + j, i);
+          const float2 initial = place.initial(bias, place.line, first + j, i);
           scores[j][2 * i] = initial.x, scores[j][2 * i + 1] = initial.y;
         }
       }
-      const u32 key = keys + of_block * next + (2 * place.pair + first + lane / 16) * Shape::COLUMN_BYTES;
-#pragma unroll 1
+      FASTNA_UNROLL
       for (int k = 0; k < D / 16; ++k) {
         u32 left[4], right[4];
         load_matrix_x4(left, query + swizzled_chunk<ROW>(warp * 16 + lane % 16, 2 * k + lane / 16));
-        load_matrix_x4(right, key + swizzled_chunk<ROW>(lane % 8, 2 * k + lane / 8 % 2));
+        load_matrix_x4(right, keys + of_block * next + (2 * place.pair + first + lane / 16) * Shape::COLUMN_BYTES + swizzled_chunk<ROW>(lane % 8, 2 * k + lane / 8 % 2));
         mma_m16n8k16<T>(scores[0], left, right[0], right[1]);
         mma_m16n8k16<T>(scores[1], left, right[2], right[3]);
       }
@@ -259,7 +264,7 @@ struct HopperStripForward {
 
   // Of the 64 queries `offset` bytes into the strip's tiles, and row blocks in slots `above` and `below`. `token`: of the warp's first query,
   // from which on there are so many rows and columns in the map.
-  FASTNA_DEVICE void attend(const u8* bias, const Place& place, u32 offset, int above, int below, int query_slot, u32 token, int rows, int columns) {
+  FASTNA_DEVICE void attend(const int* own_bias, const Place& place, u32 offset, int above, int below, int query_slot, u32 token, int rows, int columns) {
     float output[D / 2];
     FASTNA_UNROLL
     for (int i = 0; i < D / 2; ++i) output[i] = 0.0f;
@@ -272,11 +277,14 @@ struct HopperStripForward {
       float scores[N / 2];
       u32 weights[ALL_PAIRS][4];
       const u32 slot = (block == 0 ? above : below) * Shape::BLOCK_BYTES;
+      int lane = lane_index();
+      keep(lane);
+      const u8* const bias = shared.bias + own_bias[lane] + block * (TILE_SIDE * 8);
       switch (place.pair) {
-        case 0: begin<0>(scores, bias + block * (TILE_SIDE * 8), place); break;
-        case 1: begin<1>(scores, bias + block * (TILE_SIDE * 8), place); break;
-        case 2: begin<2>(scores, bias + block * (TILE_SIDE * 8), place); break;
-        default: begin<3>(scores, bias + block * (TILE_SIDE * 8), place); break;
+        case 0: begin<0>(scores, bias, place); break;
+        case 1: begin<1>(scores, bias, place); break;
+        case 2: begin<2>(scores, bias, place); break;
+        default: begin<3>(scores, bias, place); break;
       }
       wgmma_fence();
       FASTNA_UNROLL
@@ -290,7 +298,7 @@ struct HopperStripForward {
         default: soften<3>(block, scores, args.scale_log2e, softmax, weights); break;
       }
       if (!all_in_warp(softmax.sum[0] < MOST && softmax.sum[2] < MOST))
-        raise(block, shared_address(shared.query[query_slot]) + offset, shared_address(shared.key[above]) + offset, (below - above) * Shape::BLOCK_BYTES, bias,
+        raise(block, shared_address(shared.query[query_slot]) + offset, shared_address(shared.key[above]) + offset, (below - above) * Shape::BLOCK_BYTES, own_bias,
               place, softmax, weights, output);
       wgmma_fence();
       FASTNA_UNROLL
