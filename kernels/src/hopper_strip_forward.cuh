@@ -114,7 +114,7 @@ struct HopperStripForward {
 #pragma unroll 1
         for (; in_strip < walk.tiles; in_strip += GROUPS) {
           const int tile = walk.first_tile + in_strip;
-          const Place place(warp, tile == 0 ? left : tile == last_tile ? right : inside);
+          const Place place(shared.bias, warp, tile == 0 ? left : tile == last_tile ? right : inside);
           attend(own_bias, place, in_strip * Shape::TILE_BYTES, above.slot, at.slot, query_at.slot,
                  token + in_strip * TILE_SIDE * geometry.heads, rows - row, columns - column - in_strip * TILE_SIDE);
         }
@@ -131,37 +131,36 @@ struct HopperStripForward {
     }
   }
 
-  // Where a warp's queries of a tile have their windows, and so where its initial scores are: bytes behind a lane's table, for both columns.
+  // Where a warp's queries of a tile have their windows, and so where the tables of initial scores begin for them, in both columns.
   struct Place {
-    int pair, line, first[2], last[2];
+    int pair;
+    const u8 *line, *first[2], *last[2];
 
-    FASTNA_DEVICE Place(int warp, int seen) {
+    FASTNA_DEVICE Place(const u8* bias, int warp, int seen) {
       pair = seen & 3;
-      line = Table::line_offset(2 * (pair - warp) - Shape::LEFT);
+      line = bias + Table::line_offset(2 * (pair - warp) - Shape::LEFT);
       FASTNA_UNROLL
       for (int i = 0; i < 2; ++i) {
         const bool sees_first = (seen >> (2 + i) & 1) != 0;
-        first[i] = sees_first ? line - i * Table::LINE : 0;  // 0: hidden
-        last[i] = sees_first ? 0 : line + (2 * PAIRS - 1 - i) * Table::LINE;
+        first[i] = sees_first ? line - i * Table::LINE : bias;  // of which the first line is hidden
+        last[i] = sees_first ? bias : line + (2 * PAIRS - 1 - i) * Table::LINE;
       }
     }
-    // Of the warp's column `j` of keys; `at` is `line`.
-    FASTNA_DEVICE float2 initial(const u8* bias, int at, int j, int i) const {
-      const int offset = j == 0 ? first[i] : j == 2 * PAIRS - 1 ? last[i] : at + (j - i) * Table::LINE;
-      return *reinterpret_cast<const float2*>(bias + offset);
+    // Of the warp's column `j` of keys; `own` is where the lane's entries are.
+    FASTNA_DEVICE float2 initial(int own, int j, int i) const {
+      const u8* table = j == 0 ? first[i] : j == 2 * PAIRS - 1 ? last[i] : line + (j - i) * Table::LINE;
+      return *reinterpret_cast<const float2*>(table + own);
     }
   };
 
   // Scores begin with bias / scale. PAIR: the first that the warp needs; others hold anything, since nobody looks at them.
   template <int PAIR>
-  static FASTNA_DEVICE void begin(float (&scores)[N / 2], const u8* bias, const Place& place) {
-    int line = place.line;
-    keep(line);  // one address, and offsets from it in the instructions
+  static FASTNA_DEVICE void begin(float (&scores)[N / 2], int own, const Place& place) {
     FASTNA_UNROLL
     for (int j = 0; j < 2 * PAIRS; ++j) {
       FASTNA_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float2 initial = place.initial(bias, line, j, i);
+        const float2 initial = place.initial(own, j, i);
         scores[(2 * PAIR + j) * 4 + 2 * i] = initial.x, scores[(2 * PAIR + j) * 4 + 2 * i + 1] = initial.y;
       }
     }
@@ -215,13 +214,13 @@ struct HopperStripForward {
       const int first = p % PAIRS * 2, of_block = p % count >= PAIRS ? 1 : 0;  // column of the pair
       int lane = lane_index();
       keep(lane);  // rather than what follows from it
-      const u8* const bias = shared.bias + own_bias[lane] + of_block * (TILE_SIDE * 8);
+      const int own = own_bias[lane] + of_block * (TILE_SIDE * 8);
       float scores[2][4];
       FASTNA_UNROLL
       for (int j = 0; j < 2; ++j) {
         FASTNA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          const float2 initial = place.initial(bias, place.line, first + j, i);
+          const float2 initial = place.initial(own, first + j, i);
           scores[j][2 * i] = initial.x, scores[j][2 * i + 1] = initial.y;
         }
       }
@@ -277,14 +276,13 @@ struct HopperStripForward {
       float scores[N / 2];
       u32 weights[ALL_PAIRS][4];
       const u32 slot = (block == 0 ? above : below) * Shape::BLOCK_BYTES;
-      int lane = lane_index();
-      keep(lane);
-      const u8* const bias = shared.bias + own_bias[lane] + block * (TILE_SIDE * 8);
+      const int lane = lane_index();
+      const int own = own_bias[lane] + block * (TILE_SIDE * 8);
       switch (place.pair) {
-        case 0: begin<0>(scores, bias, place); break;
-        case 1: begin<1>(scores, bias, place); break;
-        case 2: begin<2>(scores, bias, place); break;
-        default: begin<3>(scores, bias, place); break;
+        case 0: begin<0>(scores, own, place); break;
+        case 1: begin<1>(scores, own, place); break;
+        case 2: begin<2>(scores, own, place); break;
+        default: begin<3>(scores, own, place); break;
       }
       wgmma_fence();
       FASTNA_UNROLL
@@ -309,12 +307,13 @@ struct HopperStripForward {
     }
 
     // Neighbouring lanes swap words, so that each has 8 bytes of one of two chunks, and four lanes fill a sector.
-    int lane = lane_index();
+    u32 lane = lane_index();
     keep(lane);  // rather than what follows from it, all through the kernel
     const bool odd = (lane & 1) != 0;
-    const int seen = lane / 4 < rows ? columns : 0;
+    const int seen = static_cast<int>(lane / 4) < rows ? columns : 0;
     token += lane / 4 * (args.geometry.axis[2].length * args.geometry.heads);
-    T* const results = static_cast<T*>(args.output) + (lane & 1) * 8 + (lane & 2) * 2;
+    T* results = static_cast<T*>(args.output) + (lane & 1) * 8 + (lane & 2) * 2;
+    keep(results);
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const float inverse = reciprocal_approx(softmax.sum[2 * i]);
@@ -328,7 +327,7 @@ struct HopperStripForward {
       }
     }
     const float top = odd ? softmax.top[1] : softmax.top[0], sum = odd ? softmax.sum[2] : softmax.sum[0];
-    if (lane % 4 < minimum(seen, 2)) args.lse[token + (odd ? args.geometry.heads : 0)] = (top + log2_approx(sum)) * LN_2;
+    if (static_cast<int>(lane % 4) < minimum(seen, 2)) args.lse[token + (odd ? args.geometry.heads : 0)] = (top + log2_approx(sum)) * LN_2;
   }
 };
 
