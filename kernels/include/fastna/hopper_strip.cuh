@@ -136,23 +136,29 @@ struct StripTable {
   // HAS_RPB. `thread` of `threads`; a barrier must follow.
   template <bool HAS_RPB, class Rpb>
   static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float factor, int thread, int threads) {
-    for (int i = thread; i < BYTES / 8; i += threads) {
-      const int line = i * 8 % SHIFT / LINE - HIDDEN_LINES;  // -1: the hidden one
-      const int from = i * 8 / SHIFT - 2 * ABOVE;            // first dr of the window, for this shift
-      float pair[2];
+    for (int i = thread; i < SHIFT / 8; i += threads) {
+      const int line = i / ENTRIES - HIDDEN_LINES;  // -1: the hidden one
+      int dr[2];
+      float value[2];
       FASTNA_UNROLL
       for (int k = 0; k < 2; ++k) {
-        const int offset = i % ENTRIES + k - (TILE_SIDE - 1) - ABOVE, dr = KEYS ? -offset : offset;
-        const bool exists = dr > -WINDOW_ROWS && dr < WINDOW_ROWS;
-        const bool visible = !MASKS || (line >= 0 && dr >= from && dr < from + WINDOW_ROWS);
-        float value = 0.0f;
+        const int offset = i % ENTRIES + k - (TILE_SIDE - 1) - ABOVE;
+        dr[k] = KEYS ? -offset : offset;
+        value[k] = 0.0f;
         if constexpr (HAS_RPB) {
           const int dc = KEYS ? WINDOW_COLUMNS - 1 - line : line - (WINDOW_COLUMNS - 1);
-          if (exists && visible) value = to_float(load_readonly(rpb + (dr + WINDOW_ROWS - 1) * LINES + dc + WINDOW_COLUMNS - 1)) * factor;
+          if (line >= 0 && dr[k] > -WINDOW_ROWS && dr[k] < WINDOW_ROWS)
+            value[k] = to_float(load_readonly(rpb + (dr[k] + WINDOW_ROWS - 1) * LINES + dc + WINDOW_COLUMNS - 1)) * factor;
         }
-        pair[k] = visible ? value : HIDDEN;
       }
-      *reinterpret_cast<float2*>(table + i * 8) = {pair[0], pair[1]};
+      FASTNA_UNROLL
+      for (int shift = 0; shift < BYTES / SHIFT; ++shift) {
+        const int from = shift - 2 * ABOVE;  // first dr of the window
+        bool visible[2];
+        FASTNA_UNROLL
+        for (int k = 0; k < 2; ++k) visible[k] = !MASKS || (line >= 0 && dr[k] >= from && dr[k] < from + WINDOW_ROWS);
+        *reinterpret_cast<float2*>(table + shift * SHIFT + i * 8) = {visible[0] ? value[0] : HIDDEN, visible[1] ? value[1] : HIDDEN};
+      }
     }
   }
 };
