@@ -23,7 +23,7 @@ from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.problem import Axis, Problem
 
-WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", blocks=INT, count=INT, strips=INT, steps=INT, tiles=INT)
+WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", blocks=INT, count=INT, strips=INT, steps=INT)
 HOPPER_STRIP_FORWARD = Struct(
     "HopperStripForwardArguments",
     "src/hopper_strip_forward.cuh",
@@ -44,30 +44,24 @@ ARCHITECTURES = ("sm_90a",)
 WINDOWS = (3, 5, 7)
 SIDE = 8  # of a tile
 LOG2_E = math.log2(math.e)
-MOST_TILES = {32: 4, 64: 2}
-"""Tiles of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
-GROUPS = {32: 4, 64: 3}
-"""Warpgroups that multiply, by head_dim: as many as have registers enough."""
+MOST_COLUMNS = {32: 32, 64: 16}
+"""Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
+WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
 
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Tiles side by side, and what a block has of them: row blocks and steps of queries in its rings, warpgroups."""
+    """Columns of a strip, and what a block has of it: row blocks and steps of queries in its rings, warps."""
 
-    tiles: int
+    columns: int
     stages: int
     query_stages: int
-    groups: int
+    warps: int
 
     @property
     def threads(self) -> int:
-        """One warpgroup copies, the others multiply."""
-        return 128 * (1 + self.groups)
-
-    @property
-    def registers(self) -> int:
-        """Of a thread that multiplies: those of a thread that copies keep 24."""
-        return min((65536 // 128 - 24) // self.groups // 8 * 8, 240)
+        """One warp copies, the others multiply."""
+        return 32 * (1 + self.warps)
 
 
 def why_not(problem: Problem) -> str | None:
@@ -78,8 +72,8 @@ def why_not(problem: Problem) -> str | None:
     device = runtime.properties(problem.device)
     strip = choose_strip(problem, device)
     if strip is None:
-        return "shared memory does not hold its rings"
-    walks = problem.batch * problem.heads * -(-problem.space[1] // (SIDE * strip.tiles))
+        return "a strip would be too narrow, or its rings too large for shared memory"
+    walks = problem.batch * problem.heads * _strips(problem, strip)
     if walks < device.multiprocessors:
         return f"it is for as many walks down a map as there are SMs, {device.multiprocessors}, not {walks}"
     return None
@@ -108,16 +102,14 @@ def why_no_shape(problem: Problem) -> str | None:
         return "it knows no additional keys"
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
-    for axis in problem.axes:
-        if not suits(axis.length, axis.window):
-            return (
-                f"the last {axis.length % SIDE} of {axis.length} tokens have windows that begin before their row block"
-            )
+    length, window = problem.axes[0].length, problem.axes[0].window
+    if not suits(length, window):
+        return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
     return None
 
 
 def suits(length: int, window: int) -> bool:
-    """Whether the windows of every tile of 8 tokens, inverse ones too, lie within its two row blocks."""
+    """Whether the windows of every 8 rows of queries lie within their two row blocks."""
     return length % SIDE == 0 or length % SIDE > window // 2
 
 
@@ -130,12 +122,14 @@ def why_not_operands(problem: Problem, operands: Operands) -> str | None:
 
 
 def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
-    """Strips of equal width, at most `MOST_TILES`, and as many row blocks in shared memory as it holds."""
-    tiles = -(-problem.space[1] // SIDE)
-    strips = -(-tiles // MOST_TILES[problem.head_dim])
-    width = -(-tiles // strips)
-    for stages, query_stages in ((6, 4), (5, 3), (4, 2), (3, 2), (3, 1)):
-        strip = Strip(width, stages, query_stages, GROUPS[problem.head_dim])
+    """Strips of equal width, at most `MOST_COLUMNS`, and as many row blocks in shared memory as it holds."""
+    length, window = problem.axes[1].length, problem.axes[1].window
+    strips = -(-length // MOST_COLUMNS[problem.head_dim])
+    columns = -(-length // (2 * strips)) * 2
+    if 0 < length % columns <= window // 2:
+        return None
+    for stages, query_stages in ((8, 4), (6, 4), (5, 3), (5, 2), (4, 3), (4, 2), (3, 2), (3, 1)):
+        strip = Strip(columns, stages, query_stages, WARPS)
         if shared_bytes(problem, strip) <= device.shared_memory:
             return strip
     return None
@@ -145,37 +139,37 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     """sizeof HopperStripForward::Shared."""
     column = SIDE * problem.head_dim * 2
     rows, columns = problem.window
-    block = (strip.tiles * SIDE + columns - 1) * column
-    line = (3 * SIDE - 2) * 8
-    bias = rows * 2 * columns * line + 3 * 32 * 4
+    block = (strip.columns + columns - 1) * column
+    bias = rows * 2 * columns * (3 * SIDE - 2) * 8 + 3 * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
-    return 2 * strip.stages * block + strip.query_stages * strip.tiles * SIDE * column + bias + barriers
+    return 2 * strip.stages * block + strip.query_stages * strip.columns * column + bias + barriers
+
+
+def _strips(problem: Problem, strip: Strip) -> int:
+    return -(-problem.space[1] // strip.columns)
 
 
 def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tuple[bytes, int]:
     """StripWalks, and the grid: as many blocks as SMs, or fewer, so that every head has as many."""
-    tiles = -(-problem.space[1] // SIDE)
-    strips = -(-tiles // strip.tiles)
+    strips = _strips(problem, strip)
     count = problem.batch * strips
     blocks = min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
-    packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE), tiles=tiles)
+    packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE))
     return packed, problem.heads * blocks
-
-
-def _shape(problem: Problem, strip: Strip) -> str:
-    return instantiate("StripShape", problem.dtype, problem.head_dim, *problem.window, strip.tiles)
 
 
 def source_of(problem: Problem, strip: Strip) -> KernelSource:
     config = instantiate(
         "HopperStripForwardConfig",
-        _shape(problem, strip),
+        problem.dtype,
         problem.rpb_dtype or torch.float32,
         problem.has_rpb,
-        strip.groups,
+        problem.head_dim,
+        *problem.window,
+        strip.columns,
+        strip.warps,
         strip.stages,
         strip.query_stages,
-        strip.registers,
     )
     return KernelSource(
         header="src/hopper_strip_forward.cuh",
@@ -200,7 +194,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         scale_log2e=problem.scale * LOG2_E,
     )
     launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
-    width = strip.tiles * SIDE
+    width = strip.columns
     widths = (width, width + problem.window[1] - 1, width + problem.window[1] - 1)
     tensors = (operands.query, operands.key, operands.value)
     maps = [map_rows(problem, tensor, columns) for tensor, columns in zip(tensors, widths, strict=True)]

@@ -64,20 +64,17 @@ struct StripWalks {
   int blocks;  // of one head: a multiple of `strips`
   int count;   // walks of one head: batch x strips
   int strips, steps;
-  int tiles;   // of a whole row of the map
 };
 struct StripWalk {
-  int batch;
-  int first_tile, tiles;
+  int batch, first_column;
 
   // Number `round` of the block's; false where there is none. Strips take turns, for the last one may be narrower.
-  template <int TILES>
+  template <int COLUMNS>
   FASTNA_DEVICE bool find(const StripWalks& walks, int member, int round) {
     const u32 number = round * walks.blocks + member, strips = walks.strips;
     if (number >= static_cast<u32>(walks.count)) return false;
-    batch = static_cast<int>(number / strips);
-    first_tile = static_cast<int>((number + round) % strips) * TILES;
-    tiles = minimum(TILES, walks.tiles - first_tile);
+    batch = static_cast<int>(number), first_column = 0;
+    if (strips > 1) batch = static_cast<int>(number / strips), first_column = static_cast<int>((number + round) % strips) * COLUMNS;
     return true;
   }
 };
@@ -87,28 +84,6 @@ template <int WINDOW>
 FASTNA_DEVICE int window_begin(int position, int length) {
   return minimum(maximum(position - WINDOW / 2, 0), length - WINDOW);
 }
-
-// Where a warp's two columns of queries, from `column` (even) of the map, find their windows among the columns that their tile sees.
-// These begin with column `first`. Of the 2 PAIRS columns from 2 `pair` on, each query sees all but the first or the last one.
-template <class Shape>
-struct StripColumns {
-  int pair;
-  bool sees_first[2];
-
-  FASTNA_DEVICE StripColumns(int warp, int first, int columns) {
-    const int column = first + Shape::LEFT + 2 * warp;
-    pair = warp, sees_first[0] = true, sees_first[1] = false;
-    if (column >= columns) return;  // nobody looks at these
-    const int begin[2] = {window_begin<Shape::WINDOW_COLUMNS>(column, columns) - first,
-                          window_begin<Shape::WINDOW_COLUMNS>(column + 1, columns) - first};
-    pair = begin[0] / 2;
-    sees_first[0] = begin[0] % 2 == 0;
-    sees_first[1] = begin[1] == 2 * pair;
-  }
-  // All of it in four bits: only the first and the last tile of a row differ from `interior`.
-  FASTNA_DEVICE int code() const { return pair | static_cast<int>(sees_first[0]) << 2 | static_cast<int>(sees_first[1]) << 3; }
-  static FASTNA_DEVICE int interior(int warp) { return warp | 1 << 2; }
-};
 
 // Bias as accumulators hold it: entry i of a line is {B(dr, dc), B(dr + 1, dc)} with dr = i - 7 - ABOVE, where dr, dc = key - query.
 // Rows of the product are queries: lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line
