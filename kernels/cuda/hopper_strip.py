@@ -51,9 +51,10 @@ WARPS = 15  # that multiply; with the one that copies four on each quarter of an
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Columns of a strip, and what a block has of it: row blocks and steps of queries in its rings, warps."""
+    """Columns of a strip, and maps side by side where a map is one; row blocks and steps of queries in rings; warps."""
 
     columns: int
+    maps: int
     stages: int
     query_stages: int
     warps: int
@@ -73,7 +74,7 @@ def why_not(problem: Problem) -> str | None:
     strip = choose_strip(problem, device)
     if strip is None:
         return "a strip would be too narrow, or its rings too large for shared memory"
-    walks = problem.batch * problem.heads * _strips(problem, strip)
+    walks = problem.heads * _walks(problem, strip)[1]
     if walks < device.multiprocessors:
         return f"it is for as many walks down a map as there are SMs, {device.multiprocessors}, not {walks}"
     return None
@@ -128,8 +129,9 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
     columns = -(-length // (2 * strips)) * 2
     if 0 < length % columns <= window // 2:
         return None
+    maps = MOST_COLUMNS[problem.head_dim] // columns if strips == 1 else 1
     for stages, query_stages in ((8, 4), (6, 4), (5, 3), (5, 2), (4, 3), (4, 2), (3, 2), (3, 1)):
-        strip = Strip(columns, stages, query_stages, WARPS)
+        strip = Strip(columns, maps, stages, query_stages, WARPS)
         if shared_bytes(problem, strip) <= device.shared_memory:
             return strip
     return None
@@ -139,20 +141,21 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     """sizeof HopperStripForward::Shared."""
     column = SIDE * problem.head_dim * 2
     rows, columns = problem.window
-    block = (strip.columns + columns - 1) * column
+    block = strip.maps * (strip.columns + columns - 1) * column
     bias = rows * 2 * columns * (3 * SIDE - 2) * 8 + 3 * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
-    return 2 * strip.stages * block + strip.query_stages * strip.columns * column + bias + barriers
+    return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
 
 
-def _strips(problem: Problem, strip: Strip) -> int:
-    return -(-problem.space[1] // strip.columns)
+def _walks(problem: Problem, strip: Strip) -> tuple[int, int]:
+    """Of one head: strips of a map, and walks."""
+    strips = -(-problem.space[1] // strip.columns)
+    return strips, -(-problem.batch // strip.maps) * strips
 
 
 def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tuple[bytes, int]:
     """StripWalks, and the grid: as many blocks as SMs, or fewer, so that every head has as many."""
-    strips = _strips(problem, strip)
-    count = problem.batch * strips
+    strips, count = _walks(problem, strip)
     blocks = min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
     packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE))
     return packed, problem.heads * blocks
@@ -167,6 +170,7 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
         problem.head_dim,
         *problem.window,
         strip.columns,
+        strip.maps,
         strip.warps,
         strip.stages,
         strip.query_stages,
@@ -197,7 +201,7 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     width = strip.columns
     widths = (width, width + problem.window[1] - 1, width + problem.window[1] - 1)
     tensors = (operands.query, operands.key, operands.value)
-    maps = [map_rows(problem, tensor, columns) for tensor, columns in zip(tensors, widths, strict=True)]
+    maps = [map_rows(problem, tensor, columns, strip.maps) for tensor, columns in zip(tensors, widths, strict=True)]
     return bound.forward(problem, bind(launch, problem, maps))
 
 

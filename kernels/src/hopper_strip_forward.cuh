@@ -21,19 +21,21 @@ struct HopperStripForwardArguments {
   float inverse_scale, scale_log2e;
 };
 
-// COLUMNS: of a strip, even. WARPS: that multiply. STAGES: row blocks in shared memory, QUERY_STAGES: steps of queries.
-template <class T, class Rpb_, bool HAS_RPB_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int COLUMNS_, int WARPS_, int STAGES_,
-          int QUERY_STAGES_>
+// COLUMNS: of a strip, even. MAPS: whose strips are side by side in a row block, where a map is one strip. WARPS: that multiply. STAGES: row
+// blocks in shared memory, QUERY_STAGES: steps of queries.
+template <class T, class Rpb_, bool HAS_RPB_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int COLUMNS_, int MAPS_, int WARPS_,
+          int STAGES_, int QUERY_STAGES_>
 struct HopperStripForwardConfig {
   using Element = T;
   using Rpb = Rpb_;
   static constexpr bool HAS_RPB = HAS_RPB_;
   static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
-  static constexpr int COLUMNS = COLUMNS_, WARPS = WARPS_, STAGES = STAGES_, QUERY_STAGES = QUERY_STAGES_;
+  static constexpr int COLUMNS = COLUMNS_, MAPS = MAPS_, WARPS = WARPS_, STAGES = STAGES_, QUERY_STAGES = QUERY_STAGES_;
   static constexpr int ABOVE = WINDOW_ROWS / 2, LEFT = WINDOW_COLUMNS / 2;
   static constexpr int ROW_BYTES = HEAD_DIM * 2;  // of one token, and its swizzle
   static constexpr int COLUMN_BYTES = TILE_SIDE * ROW_BYTES;
-  static constexpr int BLOCK_BYTES = (COLUMNS + WINDOW_COLUMNS - 1) * COLUMN_BYTES, QUERY_BYTES = COLUMNS * COLUMN_BYTES;
+  static constexpr int MAP_COLUMNS = COLUMNS + WINDOW_COLUMNS - 1;  // of keys
+  static constexpr int BLOCK_BYTES = MAPS * MAP_COLUMNS * COLUMN_BYTES, QUERY_BYTES = MAPS * COLUMNS * COLUMN_BYTES;
   static constexpr int KEYS = WINDOW_COLUMNS + 1;  // columns that two neighbouring queries see; even
   static_assert(COLUMNS % 2 == 0 && KEYS % 2 == 0, "columns go in pairs");
   static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "a token is one swizzled row");
@@ -67,7 +69,7 @@ struct HopperStripForward {
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
     StripWalk walk;
-    for (int round = 0; walk.template find<Config::COLUMNS>(args.walks, member, round); ++round) {
+    for (int round = 0; walk.template find<Config::COLUMNS, Config::MAPS>(args.walks, member, round); ++round) {
       const int column = walk.first_column;
       for (int block = 0; block <= args.walks.steps; ++block) {
         const int row = block * TILE_SIDE;
@@ -90,6 +92,7 @@ struct HopperStripForward {
     const int thread = warp * WARP + lane_index(), lane = lane_index();
     const Geometry& geometry = args.geometry;
     const int rows = geometry.axis[1].length, columns = geometry.axis[2].length, heads = geometry.heads, steps = args.walks.steps;
+    const u32 map_tokens = rows * columns * heads;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * Table::LINES);
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, WARPS * WARP);
     if (warp < 3) {
@@ -105,10 +108,10 @@ struct HopperStripForward {
     RingPosition<QUERY_STAGES> query_at;
     StripWalk walk;
     int pair = warp;
-    for (int round = 0; walk.template find<Config::COLUMNS>(args.walks, member, round); ++round) {
-      const int pairs = ceil_div(minimum(Config::COLUMNS, columns - walk.first_column), 2);
+    for (int round = 0; walk.template find<Config::COLUMNS, Config::MAPS>(args.walks, member, round); ++round) {
+      const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - walk.first_column), 2);
       int row = 0;  // of the map; `token` is the number of the one there in the strip's first column, among all tokens and heads
-      u32 token = (walk.batch * rows * columns + walk.first_column) * heads + head;
+      u32 token = walk.batch * map_tokens + walk.first_column * heads + head;
       barrier_wait(shared.full[at.slot], at.parity);
       for (int step = 0; step < steps; ++step) {
         const RingPosition<STAGES> above = at;
@@ -118,7 +121,11 @@ struct HopperStripForward {
         if (pair < pairs) {
           const int own = shared.own_bias[step == 0 ? 0 : step < steps - 1 ? 1 : 2][lane];
 #pragma unroll 1
-          for (; pair < pairs; pair += WARPS) attend(own, walk.first_column, 2 * pair, above.slot, at.slot, query_at.slot, token, rows - row);
+          for (; pair < pairs; pair += WARPS) {
+            const int map = Config::MAPS > 1 ? pair / (Config::COLUMNS / 2) : 0;
+            if (Config::MAPS > 1 && walk.batch + map >= geometry.batch) continue;
+            attend(own, walk.first_column, 2 * pair - map * Config::COLUMNS, map, above.slot, at.slot, query_at.slot, token + map * map_tokens, rows - row);
+          }
         }
         pair -= pairs;
         sync_warp();
@@ -144,13 +151,13 @@ struct HopperStripForward {
   // scores of the first row block, and raised where the sum of weights shows that it was too low.
   static constexpr float MOST = is_same<T, half> ? 32768.0f : 1e18f;
 
-  // Of the queries in columns `own_column` and the next one of the strip that begins with `first_column` of the map; its row blocks are in
-  // slots `above` and `below`. `own` is where the lane's entries of the bias are, `token` that of the strip's first column, `rows` are left.
-  FASTNA_DEVICE void attend(int own, int first_column, int own_column, int above, int below, int query_slot, u32 token, int rows) const {
+  // Of the queries in columns `own_column` and the next one of the strip that begins with `first_column` of the map, number `map` of those in
+  // the row blocks, which are in slots `above` and `below`. `own` is where the lane's entries of the bias are, `token` that of the strip's first column, `rows` are left.
+  FASTNA_DEVICE void attend(int own, int first_column, int own_column, int map, int above, int below, int query_slot, u32 token, int rows) const {
     const int lane = lane_index(), columns = args.geometry.axis[2].length, column = first_column + own_column;
     const int begin = window_begin<Config::WINDOW_COLUMNS>(column, columns);  // of the first column's window
     const bool same = window_begin<Config::WINDOW_COLUMNS>(column + 1, columns) == begin;
-    const u32 seen = (begin - (first_column - Config::LEFT)) * COLUMN;  // bytes into a row block
+    const u32 seen = (map * Config::MAP_COLUMNS + begin - (first_column - Config::LEFT)) * COLUMN;  // bytes into a row block
     const u8* const line = shared.bias + Table::line_offset(begin - column);
     const u8* const second_first = same ? line - Table::LINE : shared.bias;  // the table's first line is hidden
     const u8* const second_last = same ? shared.bias : line + (KEYS - 2) * Table::LINE;
@@ -159,7 +166,7 @@ struct HopperStripForward {
     u32 query[D / 16][4];
     FASTNA_UNROLL
     for (int k = 0; k < D / 16; ++k)
-      load_matrix_x4(query[k], shared_address(shared.query[query_slot]) + own_column * COLUMN + swizzled_chunk<ROW>(lane % 16, 2 * k + lane / 16));
+      load_matrix_x4(query[k], shared_address(shared.query[query_slot]) + (map * Config::COLUMNS + own_column) * COLUMN + swizzled_chunk<ROW>(lane % 16, 2 * k + lane / 16));
     float output[D / 8][4], top[2] = {0.0f, 0.0f}, sum[2] = {0.0f, 0.0f};
     FASTNA_UNROLL
     for (int c = 0; c < D / 8; ++c) output[c][0] = output[c][1] = output[c][2] = output[c][3] = 0.0f;

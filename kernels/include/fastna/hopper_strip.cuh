@@ -62,19 +62,19 @@ FASTNA_DEVICE u64 operand_at(u64 descriptor, u32 bytes) {
 // strips of the same map, at the same time: they share sectors of DRAM, and the halo in L2.
 struct StripWalks {
   int blocks;  // of one head: a multiple of `strips`
-  int count;   // walks of one head: batch x strips
+  int count;   // walks of one head: strips of one or several batch entries
   int strips, steps;
 };
 struct StripWalk {
-  int batch, first_column;
+  int batch, first_column;  // the first batch entry
 
   // Number `round` of the block's; false where there is none. Strips take turns, for the last one may be narrower.
-  template <int COLUMNS>
+  template <int COLUMNS, int MAPS>
   FASTNA_DEVICE bool find(const StripWalks& walks, int member, int round) {
     const u32 number = round * walks.blocks + member, strips = walks.strips;
     if (number >= static_cast<u32>(walks.count)) return false;
-    batch = static_cast<int>(number), first_column = 0;
-    if (strips > 1) batch = static_cast<int>(number / strips), first_column = static_cast<int>((number + round) % strips) * COLUMNS;
+    batch = static_cast<int>(number) * MAPS, first_column = 0;
+    if (MAPS == 1 && strips > 1) batch = static_cast<int>(number / strips), first_column = static_cast<int>((number + round) % strips) * COLUMNS;
     return true;
   }
 };
