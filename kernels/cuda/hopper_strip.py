@@ -14,7 +14,7 @@ import torch
 
 from kernels.backend import BoundForward, Operands
 from kernels.cuda import bound, runtime
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, Struct, pack_geometry
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
 from kernels.cuda.hopper_tiles import why_not_tensor
@@ -47,6 +47,8 @@ LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
+LEAST_SHARE = 0.75
+"""Of the time, that SMs must be busy: below, blocks that do not stay win."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,12 @@ def why_not(problem: Problem) -> str | None:
     strip = choose_strip(problem, device)
     if strip is None:
         return "a strip would be too narrow, or its rings too large for shared memory"
-    walks = problem.heads * _walks(problem, strip)[1]
-    if walks < device.multiprocessors:
-        return f"it is for as many walks down a map as there are SMs, {device.multiprocessors}, not {walks}"
+    _, count = _walks(problem, strip)
+    blocks = _blocks(problem, strip, device)
+    rounds = -(-count // blocks)
+    if problem.heads * count < LEAST_SHARE * rounds * device.multiprocessors:
+        walks = f"{problem.heads * count} walks down a map keep {device.multiprocessors} SMs"
+        return f"{walks} busy for less than {LEAST_SHARE} of {rounds} rounds"
     return None
 
 
@@ -101,6 +106,8 @@ def why_no_shape(problem: Problem) -> str | None:
         return f"it takes windows of {WINDOWS}, not {problem.window}"
     if problem.additional:
         return "it knows no additional keys"
+    if problem.batch * problem.tokens * problem.heads >= MAP_LIMIT:
+        return f"it counts fewer than {MAP_LIMIT} tokens and heads"
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
     length, window = problem.axes[0].length, problem.axes[0].window
@@ -130,6 +137,8 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
     if 0 < length % columns <= window // 2:
         return None
     maps = MOST_COLUMNS[problem.head_dim] // columns if strips == 1 else 1
+    if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
+        maps = 1
     for stages, query_stages in ((8, 4), (6, 4), (5, 3), (5, 2), (4, 3), (4, 2), (3, 2), (3, 1)):
         strip = Strip(columns, maps, stages, query_stages, WARPS)
         if shared_bytes(problem, strip) <= device.shared_memory:
@@ -153,10 +162,16 @@ def _walks(problem: Problem, strip: Strip) -> tuple[int, int]:
     return strips, -(-problem.batch // strip.maps) * strips
 
 
-def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tuple[bytes, int]:
-    """StripWalks, and the grid: as many blocks as SMs, or fewer, so that every head has as many."""
+def _blocks(problem: Problem, strip: Strip, device: DeviceProperties) -> int:
+    """Of one head: as many for every head as there are SMs, and at once all strips of a map."""
     strips, count = _walks(problem, strip)
-    blocks = min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
+    return min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
+
+
+def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tuple[bytes, int]:
+    """StripWalks, and the grid."""
+    strips, count = _walks(problem, strip)
+    blocks = _blocks(problem, strip, device)
     packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE))
     return packed, problem.heads * blocks
 

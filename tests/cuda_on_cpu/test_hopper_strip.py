@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_dtypes_and_packed_qkv(emulator: EmulatorRuntime, dtype: torch.dtype, rp
     assert_forward(problem, make_operands(problem, packed=True))
 
 
-@pytest.mark.parametrize("width", [14, 30])  # one strip; two, of two tiles each
+@pytest.mark.parametrize("width", [14, 30])  # one strip; two
 def test_wide_heads(emulator: EmulatorRuntime, width: int) -> None:
     problem = make_problem((12, width), (7, 7), head_dim=64)
     assert_forward(problem, make_operands(problem))
@@ -78,10 +79,23 @@ def test_walks_one_after_another(multiprocessors: int) -> None:
 
 
 @pytest.mark.parametrize("multiprocessors", [2, 5])
-def test_strips_of_four_and_three_tiles(multiprocessors: int) -> None:
+def test_several_strips(multiprocessors: int) -> None:
+    """Two of 28 columns; the last one narrower than the others."""
     with use_runtime("cpu", EmulatorRuntime(3, multiprocessors=multiprocessors)):
-        problem = make_problem((14, 56), (7, 7), batch=3, heads=1)
-        assert_forward(problem, make_operands(problem))
+        for width in (56, 37):
+            problem = make_problem((14, width), (7, 7), batch=3, heads=1)
+            assert_forward(problem, make_operands(problem))
+
+
+@pytest.mark.parametrize("batch", [8, 9])
+def test_maps_side_by_side(batch: int) -> None:
+    with use_runtime("cpu", EmulatorRuntime(4, multiprocessors=2)):
+        for width in (14, 8):
+            problem = make_problem((14, width), (7, 7), batch=batch)
+            strip = hopper_strip.choose_strip(problem, dataclasses.replace(HOPPER, multiprocessors=2))
+            assert strip is not None
+            assert strip.maps == 32 // width
+            assert_forward(problem, make_operands(problem))
 
 
 def test_nothing_outside_the_map_is_seen(emulator: EmulatorRuntime) -> None:
@@ -114,19 +128,33 @@ def test_no_races() -> None:
 
 
 def test_lengths_that_row_blocks_cover() -> None:
-    """All keys that a tile of 8 queries sees lie in its two row blocks, and in its columns."""
+    """All keys that 8 rows of queries see lie in their two row blocks."""
     for window in hopper_strip.WINDOWS:
-        left = window // 2
+        above = window // 2
         for length in range(window, 80):
             axis = Axis(length, window)
-            seen = [
-                [axis.window_at(t, length) for t in range(length)[first : first + 8]] for first in range(0, length, 8)
-            ]
             covered = all(
-                8 * tile - left <= min(windows)[0] and max(windows)[1] <= 8 * tile + 8 + left
-                for tile, windows in enumerate(seen)
+                first - above <= begin and end <= first + 16 - above
+                for first in range(0, length, 8)
+                for begin, end in (axis.window_at(t, length) for t in range(length)[first : first + 8])
             )
             assert hopper_strip.suits(length, window) == covered, (length, window)
+
+
+def test_strips_hold_what_their_queries_see() -> None:
+    """All that two neighbouring columns of queries see, and one column more, lies in a row block of their strip."""
+    for window, head_dim in itertools.product(hopper_strip.WINDOWS, (32, 64)):
+        for length in range(window, 140):
+            problem = make_problem((16, length), (window, window), head_dim=head_dim, batch=128)
+            strip = hopper_strip.choose_strip(problem, HOPPER)
+            if strip is None:
+                continue
+            axis = Axis(length, window)
+            for column in range(0, length, 2):
+                first = column // strip.columns * strip.columns - window // 2
+                begins = [axis.window_at(min(column + i, length - 1), length)[0] - first for i in (0, 1)]
+                assert 0 <= begins[0] <= begins[1] <= begins[0] + 1
+                assert begins[0] + window + 1 <= strip.columns + window - 1
 
 
 @pytest.mark.parametrize(
@@ -138,6 +166,7 @@ def test_lengths_that_row_blocks_cover() -> None:
         (14, 12, 64, 128, hopper_strip),
         (7, 16, 32, 128, block),
         (56, 2, 32, 1, strip),  # few walks
+        (56, 2, 32, 40, strip),  # two rounds, the second one short
         (57, 2, 32, 128, strip),  # one token in the last tile
     ],
 )
