@@ -30,13 +30,15 @@ from kernels.cuda.jit import ENTRY_POINT, KernelSource
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("naive", "gemm", "fused")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Space, window, dilation, stride, causal: sliding, dense groups, ragged and even, strided, causal, three axes.
+# Batch, space, window, dilation, stride, causal: sliding in few maps and in many, dense groups, ragged and even,
+# strided, causal, three axes.
 CALLS = (
-    ((14, 15), (7, 7), (1, 1), 1, False),
-    ((14, 14), (7, 7), (2, 2), 1, False),
-    ((11, 18), (4, 5), (2, 1), 2, False),
-    ((70,), (33,), (2,), 1, True),
-    ((5, 6, 7), (3, 2, 5), (1, 1, 1), 1, False),
+    (2, (14, 15), (7, 7), (1, 1), 1, False),
+    (300, (8, 7), (5, 5), (1, 1), 1, False),
+    (2, (14, 14), (7, 7), (2, 2), 1, False),
+    (2, (11, 18), (4, 5), (2, 1), 2, False),
+    (2, (70,), (33,), (2,), 1, True),
+    (2, (5, 6, 7), (3, 2, 5), (1, 1, 1), 1, False),
 )
 FINDINGS = 99  # exit code of a tool that found something
 
@@ -49,10 +51,10 @@ def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
         return torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_()
 
     for backend, dtype, call, extra in itertools.product(BACKENDS, DTYPES, CALLS, (0, 3)):
-        space, window, dilation, stride, causal = call
-        qkv = [normal(2, *space, 2, 32, dtype=dtype) for _ in range(3)]
+        batch, space, window, dilation, stride, causal = call
+        qkv = [normal(batch, *space, 2, 32, dtype=dtype) for _ in range(3)]
         rpb = normal(2, *(2 * k - 1 for k in window), dtype=dtype)
-        more = [normal(2, extra, 2, 32, dtype=dtype) for _ in range(2)] if extra else [None, None]
+        more = [normal(batch, extra, 2, 32, dtype=dtype) for _ in range(2)] if extra else [None, None]
         output, lse = neighborhood_attention(
             *qkv,
             window,
