@@ -139,8 +139,8 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
     maps = MOST_COLUMNS[problem.head_dim] // columns if strips == 1 else 1
     if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
         maps = 1
-    for stages, query_stages in ((8, 4), (6, 4), (5, 3), (5, 2), (4, 3), (4, 2), (3, 2), (3, 1)):
-        strip = Strip(columns, maps, stages, query_stages, WARPS)
+    for query_stages in range(7, 0, -1):  # the copying warp waits for queries' place with one row block more
+        strip = Strip(columns, maps, query_stages + 1, query_stages, WARPS)
         if shared_bytes(problem, strip) <= device.shared_memory:
             return strip
     return None
