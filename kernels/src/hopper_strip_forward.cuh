@@ -44,7 +44,7 @@ struct HopperStripForwardConfig {
 template <class Config>
 struct HopperStripForward {
   using T = typename Config::Element;
-  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS, true>;
+  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS>;
   static constexpr int D = Config::HEAD_DIM, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, KEYS = Config::KEYS;
   static constexpr int WARPS = Config::WARPS, STAGES = Config::STAGES, QUERY_STAGES = Config::QUERY_STAGES;
   static constexpr int ALL_CONSUMERS = 1;  // a named barrier

@@ -1,4 +1,4 @@
-// What the hopper_strip kernels share: small sliding 2-D windows by tensor copies and wgmma (sm_90a). Not dilated, not causal, stride 1.
+// What the hopper_strip kernels share: small sliding 2-D windows by tensor copies (sm_90a). Not dilated, not causal, stride 1.
 //
 // A *tile* is 8 rows x 8 columns of queries (or keys): the 64 rows m = 8 column + row of a warpgroup's product. Warp w holds columns 2 w and
 // 2 w + 1, its lane 4 g + q row g of both. A *row block* is 8 rows of the other side's tokens in shared memory, [column][row][channel]: a column
@@ -53,11 +53,6 @@ struct RingPosition {
   }
 };
 
-// Descriptor of what lies `bytes` (a multiple of 16) behind an operand: shared memory ends before the addition carries.
-FASTNA_DEVICE u64 operand_at(u64 descriptor, u32 bytes) {
-  return (descriptor & ~0xffffffffull) | (static_cast<u32>(descriptor) + (bytes >> 4));
-}
-
 // How walks are dealt out. A block keeps to one head; blocks of neighbouring numbers take neighbouring heads of the same batch entry, and
 // strips of the same map, at the same time: they share sectors of DRAM, and the halo in L2.
 struct StripWalks {
@@ -85,22 +80,19 @@ FASTNA_DEVICE int window_begin(int position, int length) {
   return minimum(maximum(position - WINDOW / 2, 0), length - WINDOW);
 }
 
-// Bias as accumulators hold it: entry i of a line is {B(dr, dc), B(dr + 1, dc)} with dr = i - 7 - ABOVE, where dr, dc = key - query.
-// Rows of the product are queries: lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line
-// dc + WINDOW_COLUMNS - 1. With KEYS rows are keys and an entry is {B(dr, dc), B(dr - 1, dc)} with dr = 7 + ABOVE - i: the lane's entries
-// are the same ones, lines count the other way: dc = WINDOW_COLUMNS - 1 - line.
-// With MASKS there is a table for every shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN,
-// and a line that is HIDDEN altogether comes first. Without, what no window reaches is zero.
-template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool MASKS, bool KEYS = false>
+// Bias and mask as accumulators of queries hold them: entry i of a line is {B(dr, dc), B(dr + 1, dc)} with dr = i - 7 - ABOVE, where dr, dc =
+// key - query. Lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line dc. There is a table for every
+// shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN, and so is all of a first line.
+template <int WINDOW_ROWS, int WINDOW_COLUMNS>
 struct StripTable {
   static constexpr int ABOVE = WINDOW_ROWS / 2;
   static constexpr int ENTRIES = 3 * TILE_SIDE - 2, LINE = ENTRIES * 8;
-  static constexpr int LINES = 2 * WINDOW_COLUMNS - 1, HIDDEN_LINES = MASKS ? 1 : 0;
-  static constexpr int SHIFT = (HIDDEN_LINES + LINES) * LINE;  // bytes from a shift to the next
-  static constexpr int BYTES = (MASKS ? WINDOW_ROWS : 1) * SHIFT;
+  static constexpr int LINES = 2 * WINDOW_COLUMNS - 1;
+  static constexpr int SHIFT = (1 + LINES) * LINE;  // bytes from a shift to the next
+  static constexpr int BYTES = WINDOW_ROWS * SHIFT;
 
   static FASTNA_DEVICE int lane_offset(int lane) { return (2 * (lane & 3) - (lane >> 2) + TILE_SIDE - 1) * 8; }
-  static FASTNA_DEVICE int line_offset(int dc) { return (HIDDEN_LINES + (KEYS ? -dc : dc) + WINDOW_COLUMNS - 1) * LINE; }
+  static FASTNA_DEVICE int line_offset(int dc) { return (dc + WINDOW_COLUMNS) * LINE; }
   // Of the query at `row` of `rows`: finite whatever the row.
   static FASTNA_DEVICE int shift_offset(int row, int rows) {
     const int shift = window_begin<WINDOW_ROWS>(row, rows) - (row - ABOVE);
@@ -112,26 +104,20 @@ struct StripTable {
   template <bool HAS_RPB, class Rpb>
   static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float factor, int thread, int threads) {
     for (int i = thread; i < SHIFT / 8; i += threads) {
-      const int line = i / ENTRIES - HIDDEN_LINES;  // -1: the hidden one
-      int dr[2];
-      float value[2];
+      const int line = i / ENTRIES - 1, first = i % ENTRIES - (TILE_SIDE - 1) - ABOVE;  // dr
+      float value[2] = {0.0f, 0.0f};
       FASTNA_UNROLL
       for (int k = 0; k < 2; ++k) {
-        const int offset = i % ENTRIES + k - (TILE_SIDE - 1) - ABOVE;
-        dr[k] = KEYS ? -offset : offset;
-        value[k] = 0.0f;
         if constexpr (HAS_RPB) {
-          const int dc = KEYS ? WINDOW_COLUMNS - 1 - line : line - (WINDOW_COLUMNS - 1);
-          if (line >= 0 && dr[k] > -WINDOW_ROWS && dr[k] < WINDOW_ROWS)
-            value[k] = to_float(load_readonly(rpb + (dr[k] + WINDOW_ROWS - 1) * LINES + dc + WINDOW_COLUMNS - 1)) * factor;
+          const int dr = first + k;
+          if (line >= 0 && dr > -WINDOW_ROWS && dr < WINDOW_ROWS) value[k] = to_float(load_readonly(rpb + (dr + WINDOW_ROWS - 1) * LINES + line)) * factor;
         }
       }
       FASTNA_UNROLL
-      for (int shift = 0; shift < BYTES / SHIFT; ++shift) {
-        const int from = shift - 2 * ABOVE;  // first dr of the window
+      for (int shift = 0; shift < WINDOW_ROWS; ++shift) {
         bool visible[2];
         FASTNA_UNROLL
-        for (int k = 0; k < 2; ++k) visible[k] = !MASKS || (line >= 0 && dr[k] >= from && dr[k] < from + WINDOW_ROWS);
+        for (int k = 0; k < 2; ++k) visible[k] = line >= 0 && static_cast<u32>(first + k - shift + 2 * ABOVE) < WINDOW_ROWS;
         *reinterpret_cast<float2*>(table + shift * SHIFT + i * 8) = {visible[0] ? value[0] : HIDDEN, visible[1] ? value[1] : HIDDEN};
       }
     }
