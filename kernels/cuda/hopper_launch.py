@@ -87,6 +87,25 @@ def map_additional(problem: Problem, tensor: Tensor | None, tiles: Tiles) -> Map
     return no_map if tensor is None else _map(problem, tensor, (1, 1, math.prod(tiles.columns)), (1,))
 
 
+def map_rows(problem: Problem, tensor: Tensor, columns: int, entries: int = 1) -> MapOf:
+    """Maps for copies of 8 rows by `columns` columns of one head of `[batch, rows, columns, heads, channels]`, of as
+    many batch entries.
+
+    In shared memory a column's rows lie together: see include/fastna/hopper_strip.cuh. Place is (channel, row, column,
+    0, batch).
+    """
+    batch, rows, width, heads, channels = tensor.shape
+    steps = tensor.stride()
+    batch_step = steps[0] if batch > 1 else max(steps[0], 8)
+    sizes = [(heads - 1) * steps[3] + channels, rows, width, 1, batch]
+    outer = [steps[1], steps[2], batch_step, batch_step]
+    swizzle = channels * tensor.element_size()
+    encode = runtime.tensor_map_encoder(
+        problem.device, tensor.dtype, sizes, outer, (channels, 8, columns, 1, entries), (1,) * 5, swizzle
+    )
+    return functools.lru_cache(maxsize=KEPT_MAPS)(encode)
+
+
 def no_map(address: int) -> bytes:
     """For a kernel that reads no such tensor."""
     return b""

@@ -17,7 +17,10 @@ from test_hopper import (
     check_scores_far_below_zero,
     use_tiles,
 )
+from test_hopper_strip import assert_forward, check_large_scores
 from test_mutations import source_of
+from test_strip_forward import make_operands
+from test_strip_forward import make_problem as make_strip_problem
 
 from kernels.cuda import hopper_backward, hopper_joint
 from kernels.cuda.hopper_tiles import Tiles
@@ -114,8 +117,37 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
 }
 
 
+STRIP_MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    "row blocks not waited for": [
+        (
+            "        barrier_wait(shared.full[at.slot], at.parity);\n        barrier_wait(shared.query",
+            "        barrier_wait(shared.query",
+        )
+    ],
+    "queries not waited for": [("        barrier_wait(shared.query_full[query_at.slot], query_at.parity);\n", "")],
+    "row blocks overwritten while the next step needs them": [
+        ("release(shared.empty[above.slot]);", "release(shared.empty[at.slot]);"),
+        (
+            "      }\n      release(shared.empty[at.slot]);",
+            "      }\n      release(shared.empty[at.slot == 0 ? STAGES - 1 : at.slot - 1]);",
+        ),
+    ],
+    "the last row block never released": [("      }\n      release(shared.empty[at.slot]);", "      }")],
+    "bias not waited for": [("    named_barrier(ALL_CONSUMERS, WARPS * WARP);\n", "")],
+    "weights beyond what their type holds": [("if (raised || all_in_warp(", "if (true || all_in_warp(")],
+    "sums not brought to the raised top": [("          sum[i] *= rescale;\n", "")],
+    "the second column's window where the first one's is": [("const bool same = ", "const bool same = true || ")],
+    "windows not clamped": [("minimum(maximum(position - WINDOW / 2, 0), length - WINDOW)", "position - WINDOW / 2")],
+}
+
+
 def break_kernel(header: str, edits: list[tuple[str, str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = ("fastna/hopper_tiles.cuh", "fastna/hopper_additional.cuh", "fastna/hopper_products.cuh")
+    shared = (
+        "fastna/hopper_tiles.cuh",
+        "fastna/hopper_additional.cuh",
+        "fastna/hopper_products.cuh",
+        "fastna/hopper_strip.cuh",
+    )
     texts = {name: source_of(name) for name in (header, *shared)}
     for old, new in edits:
         found = [name for name, text in texts.items() if old in text]
@@ -150,6 +182,20 @@ def test_broken_joint_gradients_are_caught(mistake: str, tmp_path: Path, monkeyp
                 problem = make_problem(Axis(300, 140), heads=2, head_dim=64, rpb_dtype=torch.float32)
                 check_backward(problem, family=hopper_joint)
                 check_scores_far_below_zero(hopper_joint)
+            except (EmulationError, AssertionError):
+                return
+    pytest.fail(f"nobody noticed: {mistake}")
+
+
+@pytest.mark.parametrize("mistake", STRIP_MUTATIONS)
+def test_a_broken_strip_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_kernel("src/hopper_strip_forward.cuh", STRIP_MUTATIONS[mistake], tmp_path, monkeypatch)
+    problem = make_strip_problem((14, 14), (7, 7), batch=8, dtype=torch.float16)
+    for seed in range(8):
+        with use_runtime("cpu", EmulatorRuntime(seed, multiprocessors=2)):
+            try:
+                assert_forward(problem, make_operands(problem))
+                check_large_scores(torch.float16)
             except (EmulationError, AssertionError):
                 return
     pytest.fail(f"nobody noticed: {mistake}")

@@ -250,3 +250,19 @@ def test_a_window_that_holds_the_whole_map(cuda, space, head_dim):
         results.append([output, lse, *torch.autograd.grad(output.square().sum() + lse.sum(), operands)])
     for name, one, other in zip(("output", "lse", "query", "key", "value"), *results, strict=True):
         assert relative(one, other) < 1e-2, name
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(("length", "heads", "head_dim"), [(56, 2, 32), (28, 3, 32), (14, 8, 32), (14, 4, 64)])
+def test_small_windows_of_many_maps(cuda, length, heads, head_dim, dtype):
+    """As many as keep every SM busy: blocks that stay go from map to map. One map alone is another kernel's."""
+    query, key, value = projection(cuda, dtype, 133, length, length, heads, head_dim)
+    rpb = bias(cuda, torch.float32, heads, 7, 7)
+    output, lse = na2d(query, key, value, 7, rpb=rpb, return_lse=True, backend="fused")
+    again = na2d(query, key, value, 7, rpb=rpb, backend="fused")
+    assert torch.equal(output, again)
+    for batch in (0, 66, 132):
+        one = slice(batch, batch + 1)
+        alone, its_lse = na2d(query[one], key[one], value[one], 7, rpb=rpb, return_lse=True, backend="fused")
+        assert relative(output[one], alone) < 4e-3, batch
+        torch.testing.assert_close(lse[one], its_lse, atol=4e-3, rtol=0)

@@ -1,0 +1,252 @@
+"""`hopper_strip`: small sliding 2-D windows on sm_90a, forward: tensor copies and wgmma. src/hopper_strip_forward.cuh.
+
+Blocks stay on their SM and walk down strips of maps, each of one head. So this family is for many maps; `strip` serves
+the others, and all that row blocks of 8 rows do not suit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.backend import BoundForward, Operands
+from kernels.cuda import bound, runtime
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, pack_geometry
+from kernels.cuda.bound import Launch
+from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
+from kernels.cuda.hopper_tiles import why_not_tensor
+from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.runtime import DeviceProperties
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
+from kernels.problem import Axis, Problem
+
+WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", blocks=INT, count=INT, strips=INT, steps=INT)
+HOPPER_STRIP_FORWARD = Struct(
+    "HopperStripForwardArguments",
+    "src/hopper_strip_forward.cuh",
+    query=TENSOR_MAP,
+    key=TENSOR_MAP,
+    value=TENSOR_MAP,
+    output=POINTER,
+    lse=POINTER,
+    rpb=POINTER,
+    geometry=GEOMETRY,
+    walks=WALKS,
+    inverse_scale=FLOAT,
+    scale_log2e=FLOAT,
+)
+_set_pointers = HOPPER_STRIP_FORWARD.pointers()
+
+ARCHITECTURES = ("sm_90a",)
+WINDOWS = (3, 5, 7)
+SIDE = 8  # of a tile
+LOG2_E = math.log2(math.e)
+MOST_COLUMNS = {32: 32, 64: 16}
+"""Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
+WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
+LEAST_SHARE = 0.75
+"""Of the time, that SMs must be busy: below, blocks that do not stay win."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Columns of a strip, and maps side by side where a map is one; row blocks and steps of queries in rings; warps."""
+
+    columns: int
+    maps: int
+    stages: int
+    query_stages: int
+    warps: int
+
+    @property
+    def threads(self) -> int:
+        """One warp copies, the others multiply."""
+        return 32 * (1 + self.warps)
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why this family does not serve the forward pass, in one sentence; None where it does."""
+    reason = why_no_shape(problem)
+    if reason:
+        return reason
+    device = runtime.properties(problem.device)
+    strip = choose_strip(problem, device)
+    if strip is None:
+        return "a strip would be too narrow, or its rings too large for shared memory"
+    _, count = _walks(problem, strip)
+    blocks = _blocks(problem, strip, device)
+    rounds = -(-count // blocks)
+    if problem.heads * count < LEAST_SHARE * rounds * device.multiprocessors:
+        walks = f"{problem.heads * count} walks down a map keep {device.multiprocessors} SMs"
+        return f"{walks} busy for less than {LEAST_SHARE} of {rounds} rounds"
+    return None
+
+
+def why_no_shape(problem: Problem) -> str | None:
+    """Why tiles and row blocks do not suit a problem, forward or backward, in one sentence; None where they do."""
+    reason = runtime.why_not_here(problem)
+    if reason:
+        return reason
+    if runtime.properties(problem.device).capability != (9, 0):
+        return "it needs compute capability 9.0"
+    if problem.rank != 2:
+        return f"it takes 2-D problems, not rank {problem.rank}"
+    if problem.dtype not in DTYPES:
+        return f"it takes float16 and bfloat16, not {problem.dtype}"
+    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
+        return f"it takes one head_dim of {HEAD_DIMS}, not {problem.head_dim} and {problem.value_dim}"
+    if problem.key_heads != problem.heads:
+        return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
+    if any(axis.causal or axis.stride != 1 or axis.dilation != 1 for axis in problem.axes):
+        return "it knows no causal masking, no stride and no dilation"
+    if any(window not in WINDOWS for window in problem.window):
+        return f"it takes windows of {WINDOWS}, not {problem.window}"
+    if problem.additional:
+        return "it knows no additional keys"
+    if problem.batch * problem.tokens * problem.heads >= MAP_LIMIT:
+        return f"it counts fewer than {MAP_LIMIT} tokens and heads"
+    if not SMALLEST_SCALE <= problem.scale < float("inf"):
+        return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
+    length, window = problem.axes[0].length, problem.axes[0].window
+    if not suits(length, window):
+        return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
+    return None
+
+
+def suits(length: int, window: int) -> bool:
+    """Whether the windows of every 8 rows of queries lie within their two row blocks."""
+    return length % SIDE == 0 or length % SIDE > window // 2
+
+
+def why_not_operands(problem: Problem, operands: Operands) -> str | None:
+    """Why tensor copies cannot read these tensors, in a few words; None where they can."""
+    for name in ("query", "key", "value"):
+        if reason := why_not_tensor(name, getattr(operands, name)):
+            return reason
+    return None
+
+
+def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
+    """Strips of equal width, at most `MOST_COLUMNS`, and as many row blocks in shared memory as it holds."""
+    length, window = problem.axes[1].length, problem.axes[1].window
+    strips = -(-length // MOST_COLUMNS[problem.head_dim])
+    columns = -(-length // (2 * strips)) * 2
+    if 0 < length % columns <= window // 2:
+        return None
+    maps = MOST_COLUMNS[problem.head_dim] // columns if strips == 1 else 1
+    if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
+        maps = 1
+    for query_stages in range(7, 0, -1):  # the copying warp waits for queries' place with one row block more
+        strip = Strip(columns, maps, query_stages + 1, query_stages, WARPS)
+        if shared_bytes(problem, strip) <= device.shared_memory:
+            return strip
+    return None
+
+
+def shared_bytes(problem: Problem, strip: Strip) -> int:
+    """sizeof HopperStripForward::Shared."""
+    column = SIDE * problem.head_dim * 2
+    rows, columns = problem.window
+    block = strip.maps * (strip.columns + columns - 1) * column
+    bias = rows * 2 * columns * (3 * SIDE - 2) * 8 + 3 * 32 * 4
+    barriers = 8 * 2 * (strip.stages + strip.query_stages)
+    return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
+
+
+def _walks(problem: Problem, strip: Strip) -> tuple[int, int]:
+    """Of one head: strips of a map, and walks."""
+    strips = -(-problem.space[1] // strip.columns)
+    return strips, -(-problem.batch // strip.maps) * strips
+
+
+def _blocks(problem: Problem, strip: Strip, device: DeviceProperties) -> int:
+    """Of one head: as many for every head as there are SMs, and at once all strips of a map."""
+    strips, count = _walks(problem, strip)
+    return min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
+
+
+def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tuple[bytes, int]:
+    """StripWalks, and the grid."""
+    strips, count = _walks(problem, strip)
+    blocks = _blocks(problem, strip, device)
+    packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE))
+    return packed, problem.heads * blocks
+
+
+def source_of(problem: Problem, strip: Strip) -> KernelSource:
+    config = instantiate(
+        "HopperStripForwardConfig",
+        problem.dtype,
+        problem.rpb_dtype or torch.float32,
+        problem.has_rpb,
+        problem.head_dim,
+        *problem.window,
+        strip.columns,
+        strip.maps,
+        strip.warps,
+        strip.stages,
+        strip.query_stages,
+    )
+    return KernelSource(
+        header="src/hopper_strip_forward.cuh",
+        function="hopper_strip_forward",
+        config=config,
+        arguments="HopperStripForwardArguments",
+        threads=strip.threads,
+        shared_bytes=shared_bytes(problem, strip),
+    )
+
+
+def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
+    """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
+    device = runtime.properties(problem.device)
+    strip = choose_strip(problem, device)
+    assert strip is not None, "why_not accepts the problem"
+    walks, grid = pack_walks(problem, strip, device)
+    packed = HOPPER_STRIP_FORWARD.pack(
+        geometry=pack_geometry(problem),
+        walks=walks,
+        inverse_scale=1.0 / problem.scale,
+        scale_log2e=problem.scale * LOG2_E,
+    )
+    launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
+    width = strip.columns
+    widths = (width, width + problem.window[1] - 1, width + problem.window[1] - 1)
+    tensors = (operands.query, operands.key, operands.value)
+    maps = [map_rows(problem, tensor, columns, strip.maps) for tensor, columns in zip(tensors, widths, strict=True)]
+    return bound.forward(problem, bind(launch, problem, maps))
+
+
+def representative_sources() -> Iterable[KernelSource]:
+    """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases; sm_90a only."""
+    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
+
+    def source(
+        length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True
+    ) -> KernelSource:
+        problem = Problem(
+            batch=128,
+            axes=(Axis(length, window),) * 2,
+            heads=112 // length,
+            key_heads=112 // length,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            scale=head_dim**-0.5,
+            dtype=dtype,
+            device=torch.device("cuda"),
+            rpb_dtype=torch.float32 if rpb else None,
+        )
+        strip = choose_strip(problem, device)
+        assert strip is not None, "its rings fit"
+        return source_of(problem, strip)
+
+    for length in (56, 28, 14):
+        yield source(length, torch.bfloat16)
+    yield source(28, torch.float16)
+    yield source(14, torch.bfloat16, head_dim=64)
+    yield source(56, torch.bfloat16, rpb=False)
+    yield source(28, torch.bfloat16, window=5)
+    yield source(28, torch.bfloat16, window=3)
