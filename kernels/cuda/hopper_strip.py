@@ -111,7 +111,7 @@ def why_no_shape(problem: Problem) -> str | None:
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
     length, window = problem.axes[0].length, problem.axes[0].window
-    if not suits(length, window):
+    if not suits(length, window) and not is_whole(length, window):
         return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
     return None
 
@@ -119,6 +119,11 @@ def why_no_shape(problem: Problem) -> str | None:
 def suits(length: int, window: int) -> bool:
     """Whether the windows of every 8 rows of queries lie within their two row blocks."""
     return length % SIDE == 0 or length % SIDE > window // 2
+
+
+def is_whole(length: int, window: int) -> bool:
+    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
+    return SIDE < length < SIDE + window
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -151,7 +156,8 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     column = SIDE * problem.head_dim * 2
     rows, columns = problem.window
     block = strip.maps * (strip.columns + columns - 1) * column
-    bias = rows * 2 * columns * (3 * SIDE - 2) * 8 + 3 * 32 * 4
+    entries = 3 * SIDE - 2 + (SIDE if is_whole(problem.space[0], rows) else 0)
+    bias = rows * 2 * columns * entries * 8 + 3 * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
 
@@ -184,6 +190,7 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
         problem.has_rpb,
         problem.head_dim,
         *problem.window,
+        is_whole(problem.space[0], problem.window[0]),
         strip.columns,
         strip.maps,
         strip.warps,
