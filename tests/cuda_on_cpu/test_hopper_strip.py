@@ -42,7 +42,9 @@ def check_large_scores(dtype: torch.dtype) -> None:
     assert_forward(problem, dataclasses.replace(operands, query=operands.query * (8 if dtype == torch.float16 else 32)))
 
 
-@pytest.mark.parametrize("space", [(14, 14), (8, 16), (24, 12), (16, 28), (21, 22), (12, 8), (13, 7), (9, 14), (15, 14)])
+@pytest.mark.parametrize(
+    "space", [(14, 14), (8, 16), (24, 12), (16, 28), (21, 22), (12, 8), (13, 7), (9, 14), (15, 14)]
+)
 def test_borders(emulator: EmulatorRuntime, space: tuple[int, int]) -> None:
     problem = make_problem(space, (7, 7))
     assert_forward(problem, make_operands(problem))
