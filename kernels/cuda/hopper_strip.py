@@ -23,7 +23,7 @@ from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.problem import Axis, Problem
 
-WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", blocks=INT, count=INT, strips=INT, steps=INT)
+WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
 HOPPER_STRIP_FORWARD = Struct(
     "HopperStripForwardArguments",
     "src/hopper_strip_forward.cuh",
@@ -178,7 +178,9 @@ def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tupl
     """StripWalks, and the grid."""
     strips, count = _walks(problem, strip)
     blocks = _blocks(problem, strip, device)
-    packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE))
+    packed = WALKS.pack(
+        entries=count // strips, at_once=blocks // strips, strips=strips, steps=-(-problem.space[0] // SIDE)
+    )
     return packed, problem.heads * blocks
 
 

@@ -59,29 +59,29 @@ struct HopperStripForward {
 
   const HopperStripForwardArguments& args;
   Shared& shared;
-  const int head, member;  // the block's head, and its number among the blocks of that head
+  const int head;
+  StripWalk walk;
 
   FASTNA_DEVICE HopperStripForward(const HopperStripForwardArguments& args_, Shared& shared_)
-      : args(args_), shared(shared_), head(block_index() % args_.geometry.heads), member(block_index() / args_.geometry.heads) {}
+      : args(args_), shared(shared_), head(block_index() % args_.geometry.heads), walk(args_.walks, block_index() / args_.geometry.heads) {}
 
   // One thread. The queries of a step come behind its first row block: were they first, they could wait for a step that lacks its second one.
   FASTNA_DEVICE void produce() {
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
-    StripWalk walk;
-    for (int round = 0; walk.template find<Config::COLUMNS, Config::MAPS>(args.walks, member, round); ++round) {
-      const int column = walk.first_column;
+    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+      const int column = walk.strip * Config::COLUMNS, batch = walk.entry * Config::MAPS;
       for (int block = 0; block < args.walks.steps + (Config::WHOLE ? 0 : 1); ++block) {
         const int row = block * TILE_SIDE, key_row = Config::WHOLE ? row : row - Config::ABOVE;
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(shared.full[at.slot], 2 * Config::BLOCK_BYTES);
-        copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, walk.batch);
-        copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, walk.batch);
+        copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, batch);
+        copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, batch);
         at.advance();
         if (block == args.walks.steps) break;
         barrier_wait(shared.query_empty[query_at.slot], query_at.parity ^ 1);
         barrier_expect(shared.query_full[query_at.slot], Config::QUERY_BYTES);
-        copy_box(shared.query[query_at.slot], args.query, shared.query_full[query_at.slot], head * D, row, column, 0, walk.batch);
+        copy_box(shared.query[query_at.slot], args.query, shared.query_full[query_at.slot], head * D, row, column, 0, batch);
         query_at.advance();
       }
     }
@@ -104,12 +104,12 @@ struct HopperStripForward {
     };
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
-    StripWalk walk;
     int pair = warp;
-    for (int round = 0; walk.template find<Config::COLUMNS, Config::MAPS>(args.walks, member, round); ++round) {
-      const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - walk.first_column), 2);
+    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+      const int first_column = walk.strip * Config::COLUMNS, batch = walk.entry * Config::MAPS;
+      const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - first_column), 2);
       int row = 0;  // of the map; `token` is the number of the one there in the strip's first column, among all tokens and heads
-      u32 token = walk.batch * map_tokens + walk.first_column * heads + head;
+      u32 token = batch * map_tokens + first_column * heads + head;
       barrier_wait(shared.full[at.slot], at.parity);
       RingPosition<STAGES> above = at;
       for (int step = 0; step < steps; ++step) {
@@ -124,8 +124,8 @@ struct HopperStripForward {
 #pragma unroll 1
           for (; pair < pairs; pair += WARPS) {
             const int map = Config::MAPS > 1 ? pair / (Config::COLUMNS / 2) : 0;
-            if (Config::MAPS > 1 && walk.batch + map >= geometry.batch) continue;
-            attend(own, walk.first_column, 2 * pair - map * Config::COLUMNS, map, above.slot, at.slot, query_at.slot, token + map * map_tokens, rows - row);
+            if (Config::MAPS > 1 && batch + map >= geometry.batch) continue;
+            attend(own, first_column, 2 * pair - map * Config::COLUMNS, map, above.slot, at.slot, query_at.slot, token + map * map_tokens, rows - row);
           }
         }
         pair -= pairs;

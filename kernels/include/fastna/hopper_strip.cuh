@@ -56,21 +56,19 @@ struct RingPosition {
 // How walks are dealt out. A block keeps to one head; blocks of neighbouring numbers take neighbouring heads of the same batch entry, and
 // strips of the same map, at the same time: they share sectors of DRAM, and the halo in L2.
 struct StripWalks {
-  int blocks;  // of one head: a multiple of `strips`
-  int count;   // walks of one head: strips of one or several batch entries
+  int entries, at_once;  // batch entries, or as many maps as lie side by side; and how many of them a head's blocks take at the same time
   int strips, steps;
 };
 struct StripWalk {
-  int batch, first_column;  // the first batch entry
+  int entry, strip;
 
-  // Number `round` of the block's; false where there is none. Strips take turns, for the last one may be narrower.
-  template <int COLUMNS, int MAPS>
-  FASTNA_DEVICE bool find(const StripWalks& walks, int member, int round) {
-    const u32 number = round * walks.blocks + member, strips = walks.strips;
-    if (number >= static_cast<u32>(walks.count)) return false;
-    batch = static_cast<int>(number) * MAPS, first_column = 0;
-    if (MAPS == 1 && strips > 1) batch = static_cast<int>(number / strips), first_column = static_cast<int>((number + round) % strips) * COLUMNS;
-    return true;
+  // Of number `member` of a head's blocks. All threads of a warp call: shuffles tell the compiler that it is the same for them.
+  FASTNA_DEVICE StripWalk(const StripWalks& walks, int member) : entry(shuffle(member / walks.strips, 0)), strip(shuffle(member % walks.strips, 0)) {}
+  FASTNA_DEVICE bool exists(const StripWalks& walks) const { return entry < walks.entries; }
+  // Strips take turns, for the last one may be narrower.
+  FASTNA_DEVICE void advance(const StripWalks& walks) {
+    entry += walks.at_once;
+    if (++strip == walks.strips) strip = 0;
   }
 };
 
