@@ -6,15 +6,17 @@ the others, and all that row blocks of 8 rows do not suit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from kernels.backend import BoundForward, Operands
-from kernels.cuda import bound, runtime
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, pack_geometry
+from kernels.cuda import bound, runtime, tuning
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, address, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
 from kernels.cuda.hopper_tiles import why_not_tensor
@@ -46,6 +48,7 @@ SIDE = 8  # of a tile
 LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
+OTHER_WARPS = {32: 19, 64: 11}  # by head_dim
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
 LEAST_SHARE = 0.75
 """Of the time, that SMs must be busy: below, blocks that do not stay win."""
@@ -209,24 +212,58 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
     )
 
 
+def candidate_strips(problem: Problem, device: DeviceProperties) -> list[Strip]:
+    """What `choose_strip` takes; then more warps of fewer registers, or at head_dim 64 fewer of more."""
+    guess = choose_strip(problem, device)
+    assert guess is not None, "why_not accepts the problem"
+    return [guess, replace(guess, warps=OTHER_WARPS[problem.head_dim])]
+
+
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
     device = runtime.properties(problem.device)
-    strip = choose_strip(problem, device)
-    assert strip is not None, "why_not accepts the problem"
-    walks, grid = pack_walks(problem, strip, device)
-    packed = HOPPER_STRIP_FORWARD.pack(
-        geometry=pack_geometry(problem),
-        walks=walks,
-        inverse_scale=1.0 / problem.scale,
-        scale_log2e=problem.scale * LOG2_E,
+
+    def launch_of(strip: Strip) -> Callable[..., None]:
+        walks, grid = pack_walks(problem, strip, device)
+        packed = HOPPER_STRIP_FORWARD.pack(
+            geometry=pack_geometry(problem),
+            walks=walks,
+            inverse_scale=1.0 / problem.scale,
+            scale_log2e=problem.scale * LOG2_E,
+        )
+        launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
+        halo = problem.window[1] - 1
+        columns = (strip.columns, strip.columns + halo, strip.columns + halo)
+        tensors = (operands.query, operands.key, operands.value)
+        maps = [map_rows(problem, t, width, strip.maps) for t, width in zip(tensors, columns, strict=True)]
+        return bind(launch, problem, maps)
+
+    @functools.cache
+    def tried() -> tuple[Tensor | None, ...]:
+        """What candidates read and write: one set of results for all, for memory may be short."""
+        rpb = None if operands.rpb is None else operands.rpb.contiguous()
+        results = (new_result() for new_result in bound.new_results(problem))
+        return operands.query, operands.key, operands.value, *results, rpb
+
+    def start(strip: Strip) -> Callable[[], object]:
+        launch = launch_of(strip)
+        return lambda: launch(*map(address, tried()))
+
+    candidates = candidate_strips(problem, device)
+    strip = tuning.choose(
+        _tuned_as(problem), candidates, problem.device, lambda strip: source_of(problem, strip), start
     )
-    launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
-    width = strip.columns
-    widths = (width, width + problem.window[1] - 1, width + problem.window[1] - 1)
-    tensors = (operands.query, operands.key, operands.value)
-    maps = [map_rows(problem, tensor, columns, strip.maps) for tensor, columns in zip(tensors, widths, strict=True)]
-    return bound.forward(problem, bind(launch, problem, maps))
+    return bound.forward(problem, launch_of(strip))
+
+
+def _tuned_as(problem: Problem) -> str:
+    """What the best strip depends on, sizes of the batch to a factor of two."""
+    (height, width), (rows, columns) = problem.space, problem.window
+    bias = f"{problem.rpb_dtype} bias" if problem.has_rpb else "no bias"
+    return (
+        f"hopper_strip_forward: {height} x {width}, window {rows} x {columns}, head_dim {problem.head_dim}, "
+        f"{problem.dtype}, {bias}, 2^{round(math.log2(problem.batch * problem.heads))} maps"
+    ).replace("torch.", "")
 
 
 def representative_sources() -> Iterable[KernelSource]:
