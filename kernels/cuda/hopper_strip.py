@@ -1,4 +1,4 @@
-"""`hopper_strip`: small sliding 2-D windows on sm_90a, forward: tensor copies and wgmma. src/hopper_strip_forward.cuh.
+"""`hopper_strip`: small sliding 2-D windows on sm_90a, forward, by tensor copies; see src/hopper_strip_forward.cuh.
 
 Blocks stay on their SM and walk down strips of maps, each of one head. So this family is for many maps; `strip` serves
 the others, and all that row blocks of 8 rows do not suit.
@@ -48,8 +48,8 @@ SIDE = 8  # of a tile
 LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
-OTHER_WARPS = {32: 19, 64: 11}  # by head_dim
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
+OTHER_WARPS = {32: 19, 64: 11}  # by head_dim: five of 96 registers, three of 168
 LEAST_SHARE = 0.75
 """Of the time, that SMs must be busy: below, blocks that do not stay win."""
 
