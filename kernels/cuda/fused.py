@@ -3,7 +3,7 @@
 Families, in order; each may serve the forward pass, the backward pass, or both:
   dense    windows that hold the whole map: PyTorch's own attention
   block    dense dilation groups of few tokens: one fixed bias, no mask
-  strip    small sliding 2-D windows
+  strip    small sliding 2-D windows (hopper_strip_backward: their gradients on devices of compute capability 9.0)
   hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients; hopper_joint: faster,
            where they need not be the same bits every time)
   flash    everything
@@ -17,12 +17,30 @@ from types import ModuleType
 from torch import Tensor
 
 from kernels.backend import BoundBackward, BoundForward, Operands, bind_backward, bind_forward
-from kernels.cuda import block, dense, flash, hopper, hopper_backward, hopper_joint, runtime, strip, strip_backward
+from kernels.cuda import (
+    block,
+    dense,
+    flash,
+    hopper,
+    hopper_backward,
+    hopper_joint,
+    hopper_strip_backward,
+    runtime,
+    strip,
+    strip_backward,
+)
 from kernels.determinism import is_deterministic
 from kernels.problem import Problem
 
 FORWARD: tuple[ModuleType, ...] = (dense, block, strip, hopper, flash)
-BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, hopper_joint, hopper_backward, flash)
+BACKWARD: tuple[ModuleType, ...] = (
+    block,
+    hopper_strip_backward,
+    strip_backward,
+    hopper_joint,
+    hopper_backward,
+    flash,
+)
 NONDETERMINISTIC: frozenset[ModuleType] = frozenset({hopper_joint})
 
 

@@ -1,0 +1,454 @@
+// Gradients of small-window neighborhood attention on 2-D maps (arXiv 2204.07143, 2209.15001) on Hopper: all of them in one pass over the
+// operands, without atomics, the same bits every time. See fastna/hopper_strip.cuh for how maps are cut.
+//
+// One thread brings row blocks of query, key, value and grad_output; three warps work out, of each, what turns a score into its gradient. Then
+//   a warpgroup of queries, a tile at a time:  s = q k^T, dp = do v^T, ds = exp(s - lse) (dp - delta),  dq += scale ds k
+//   a warpgroup of keys:                       the same with rows and columns exchanged,           dv += p^T do, dk += scale ds^T q
+// Scores are computed twice; nothing is exchanged between the two. Left operands come to registers as ldmatrix leaves them: rows of a tile lie in
+// two row blocks. The gradient of the bias stays in registers of the queries until the block ends: an accumulator element always has the same
+// distance key - query.
+#pragma once
+
+#include "fastna/hopper_strip_backward.cuh"
+
+namespace fastna {
+
+template <class Config>
+struct HopperStripBackward {
+  using T = typename Config::Element;
+  using Shared = HopperStripBackwardShared<Config>;
+  using Table = typename Shared::Table;
+  using Walk = StripBackwardWalk<Config>;
+  using Position = RingPosition<Config::SLOTS>;
+  static constexpr int D = Config::HEAD_DIM, N = Config::N, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, LEFT = Config::LEFT;
+  static constexpr int K_STEPS = Config::K_STEPS, PAIRS = Config::ALL_PAIRS, OWN_PAIRS = Config::PAIRS, SUMS = Config::SUMS;
+  static constexpr int CONSUMERS = 1, QUERIES = 2;  // named barriers
+  static constexpr int MEASURERS = 96;              // threads
+
+  using Scores = float[N / 2];
+  using Packed = u32[N / 4];
+  using Left = u32[K_STEPS][4];
+  using Gradient = float[D / 2];
+
+  const HopperStripBackwardArguments& args;
+  Shared& shared;
+  int head, member, members;  // of the blocks of this head
+
+  FASTNA_DEVICE HopperStripBackward(const HopperStripBackwardArguments& args_, Shared& shared_) : args(args_), shared(shared_) {
+    int block = static_cast<int>(block_index());
+    keep(block);
+    head = block % args.heads, member = block / args.heads;
+    members = static_cast<int>(block_count()) / args.heads;
+  }
+
+  // ---- What brings row blocks
+
+  // One thread.
+  FASTNA_DEVICE void produce() const {
+    Position at;
+    for (Walk walk(member); walk.find(args); walk.number += members) {
+      const int column = walk.first_column(args.columns);
+      for (int block = 0; block <= args.steps; ++block, at.advance()) {
+        const int row = block * TILE_SIDE - Config::ABOVE - args.lift;
+        MemoryBarrier& full = shared.full[at.slot];
+        barrier_wait(shared.empty[at.slot], at.parity ^ 1);
+        barrier_expect(full, Config::SLOT_BYTES);
+        copy_box(shared.ring[at.slot][STRIP_GRAD_OUTPUT], args.grad_output, full, 0, row, column, head, walk.batch);
+        copy_box(shared.ring[at.slot][STRIP_QUERY], args.query, full, 0, row, column, head, walk.batch);
+        copy_box(shared.ring[at.slot][STRIP_KEY], args.key, full, 0, row, column, head, walk.batch);
+        copy_box(shared.ring[at.slot][STRIP_VALUE], args.value, full, 0, row, column, head, walk.batch);
+      }
+    }
+  }
+
+  // MEASURERS threads: the statistics of every row block. A thread reads the chunks that it copied itself; they are under way while it waits.
+  FASTNA_DEVICE void measure() const {
+    constexpr int CHUNKS = Config::CHUNKS, STEP = MEASURERS / CHUNKS, PASSES = (Config::TOKENS + STEP - 1) / STEP;
+    const int thread = thread_index() - WARP, chunk = thread % CHUNKS, first = thread / CHUNKS;
+    const u32 output = shared_address(shared.output) + chunk * 16, lse = shared_address(shared.lse), grad_lse = shared_address(shared.grad_lse);
+    Position at;
+    for (Walk walk(member); walk.find(args); walk.number += members) {
+      for (int block = 0; block <= args.steps; ++block, at.advance()) {
+        const int row0 = block * TILE_SIDE - Config::ABOVE - args.lift, column0 = walk.first_column(args.columns);
+        const auto inside = [&](int token) {
+          return static_cast<u32>(row0 + token % TILE_SIDE) < static_cast<u32>(args.rows) &&
+                 static_cast<u32>(column0 + token / TILE_SIDE) < static_cast<u32>(args.columns);
+        };
+#pragma unroll 1
+        for (int token = first; token < Config::TOKENS; token += STEP) {
+          const bool valid = inside(token);
+          const i64 row = static_cast<i64>(walk.batch) * args.rows + row0 + token % TILE_SIDE;
+          const i64 index = valid ? (row * args.columns + column0 + token / TILE_SIDE) * args.heads + head : 0;
+          copy_async<16>(output + token * ROW, static_cast<const T*>(args.output) + index * D + chunk * 8, valid);
+          if (chunk == 0) {
+            copy_async<4>(lse + token * 4, args.lse + index, valid);
+            if (args.grad_lse != nullptr) copy_async<4>(grad_lse + token * 4, args.grad_lse + index, valid);
+          }
+        }
+        commit_copies();
+        barrier_wait(shared.full[at.slot], at.parity);
+        wait_copies<0>();
+#pragma unroll 1
+        for (int pass = 0; pass < PASSES; ++pass) {
+          const int token = pass * STEP + first;
+          float delta = 0.0f;
+          if (token < Config::TOKENS) {
+            const uint4 a = *reinterpret_cast<const uint4*>(shared.output + token * ROW + chunk * 16);
+            const uint4 b = *reinterpret_cast<const uint4*>(shared.ring[at.slot][STRIP_GRAD_OUTPUT] + token * ROW + (chunk ^ swizzle(token)) * 16);
+            delta = add_dot(a.x, b.x, add_dot(a.y, b.y, add_dot(a.z, b.z, add_dot(a.w, b.w, 0.0f))));
+          }
+          FASTNA_UNROLL
+          for (int distance = 1; distance < CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
+          if (chunk == 0 && token < Config::TOKENS) {
+            if (args.grad_lse != nullptr) delta -= shared.grad_lse[token];
+            // No weight for a query that is none.
+            shared.statistics[at.slot][token] = inside(token) ? float2{shared.lse[token] * LOG2_E, delta} : float2{infinity(), 0.0f};
+          }
+        }
+        release(shared.ready[at.slot]);
+      }
+    }
+  }
+  FASTNA_DEVICE static float add_dot(u32 a, u32 b, float sum) {
+    const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+    return x.x * y.x + (x.y * y.y + sum);
+  }
+
+  // ---- What both warpgroups of consumers do
+
+  FASTNA_DEVICE static int swizzle(int token) { return ROW == 64 ? token >> 1 & 3 : token & 7; }
+  // The warp is done with what the barrier guards.
+  FASTNA_DEVICE static void release(MemoryBarrier& barrier) {
+    sync_warp();
+    if (lane_index() == 0) barrier_arrive(barrier);
+  }
+  FASTNA_DEVICE void wait(const Position& at) const {
+    barrier_wait(shared.full[at.slot], at.parity);
+    barrier_wait(shared.ready[at.slot], at.parity);
+  }
+  FASTNA_DEVICE u32 operand(int slot, StripSlotTensor tensor, int column) const {
+    return shared_address(shared.ring[slot][tensor]) + column * COLUMN;
+  }
+  FASTNA_DEVICE int* table_offsets() const { return reinterpret_cast<int*>(&shared + 1); }
+
+  // The steps of all walks: work(walk, step, slots of the step's row blocks).
+  template <class Work>
+  FASTNA_DEVICE void walk_down(const Work& work) const {
+    Position at;
+    for (Walk walk(member); walk.find(args); walk.number += members) {
+      wait(at);
+      int slots[2] = {at.slot, 0};
+      for (int step = 0; step < args.steps; ++step) {
+        at.advance();
+        wait(at);
+        slots[1] = at.slot;
+        work(walk, step, slots);
+        release(shared.empty[slots[0]]);
+        slots[0] = slots[1];
+      }
+      release(shared.empty[slots[0]]);
+      at.advance();
+    }
+  }
+
+  // The warp's 16 tokens of a tile that begins with row `above` of the first of two row blocks, its two columns from `column` of a slot on.
+  FASTNA_DEVICE void load_left(Left& left, const int (&slots)[2], StripSlotTensor tensor, int above, int column) const {
+    const int lane = lane_index(), row = (lane & 7) + above, half_ = lane >> 4;
+    const int token = row & 7, slot = row < TILE_SIDE ? slots[0] : slots[1];
+    const u32 address = operand(slot, tensor, column + (lane >> 3 & 1)) + token * ROW + ((half_ ^ swizzle(token)) << 4);
+    FASTNA_UNROLL
+    for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(left[k], address ^ (k << 5));
+  }
+  // result = left columns^T
+  FASTNA_DEVICE static void multiply(Scores& result, const Left& left, u32 columns) {
+    FASTNA_UNROLL
+    for (int k = 0; k < K_STEPS; ++k) Wgmma<N>::template product_of_registers<T>(result, left[k], matrix_descriptor<ROW>(columns + k * 32), k != 0);
+  }
+  // sum += factors columns
+  FASTNA_DEVICE static void add(Gradient& sum, const Packed& factors, u32 columns) {
+    FASTNA_UNROLL
+    for (int k = 0; k < PAIRS; ++k) Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, matrix_descriptor<ROW>(columns + k * 2 * COLUMN));
+  }
+  // Writes the warp's 16 tokens times `factor`: `row` of the map in both columns from `column`, where wanted.
+  // Neighbouring lanes trade halves of two chunks, so that a store fills whole 32-byte sectors.
+  FASTNA_DEVICE void store(const Gradient& sum, float factor, void* tensor, const Walk& walk, int row, int column, bool first, bool second) const {
+    const int lane = lane_index();
+    const bool odd = (lane & 1) != 0, exists = static_cast<u32>(row) < static_cast<u32>(args.rows);
+    const i64 token = ((static_cast<i64>(walk.batch) * args.rows + row) * args.columns + column) * args.heads + head;
+    T* const target = static_cast<T*>(tensor) + token * D + (lane & 1) * 8 + (lane & 2) * 2;
+    FASTNA_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      FASTNA_UNROLL
+      for (int c = 0; c < D / 8; c += 2) {
+        const u32 even_chunk = pack2<T>(sum[4 * c + 2 * h] * factor, sum[4 * c + 2 * h + 1] * factor);
+        const u32 odd_chunk = pack2<T>(sum[4 * c + 4 + 2 * h] * factor, sum[4 * c + 4 + 2 * h + 1] * factor);
+        const u32 received = shuffle_xor(odd ? even_chunk : odd_chunk, 1);
+        const uint2 half_ = odd ? uint2{received, odd_chunk} : uint2{even_chunk, received};
+        if (exists && (h == 0 ? first : second)) *reinterpret_cast<uint2*>(target + h * args.heads * D + c * 8) = half_;
+      }
+    }
+  }
+
+  // ---- Queries
+
+  struct QueryRows {
+    const u8* biases[2];  // of either row block, for this lane
+    float lse[2], delta[2];
+    bool shifted;  // see needed_pairs
+  };
+  // A warp's windows lie in OWN_PAIRS pairs of columns. Those of warp 0 begin with the first pair, or at the left border with the second;
+  // those of other warps with the pair of their own number, or at the right border with the one before. `shifted`: the later one.
+  static constexpr FASTNA_DEVICE int first_pair(int warp) { return warp == 0 ? 0 : warp - 1; }
+  // First distance key - query along columns that a warp sums up.
+  static constexpr FASTNA_DEVICE int first_sum(int warp) { return 2 * (first_pair(warp) - warp) - LEFT - 1; }
+
+  template <int W, int BLOCK>
+  FASTNA_DEVICE void differentiate(const Scores& scores, const Scores& slopes, Packed& packed, float (&sums)[SUMS][4], const QueryRows& rows,
+                                   const int (&tables)[2]) const {
+    constexpr int FIRST = first_pair(W);
+    FASTNA_UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+      const bool needed = p >= FIRST && p <= FIRST + OWN_PAIRS && (p != FIRST || !rows.shifted) && (p != FIRST + OWN_PAIRS || rows.shifted);
+      if (needed) {
+        FASTNA_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          FASTNA_UNROLL
+          for (int h = 0; h < 2; ++h) {
+            const int column = 2 * p + i, n = 4 * column + 2 * h;
+            const float2 bias = *reinterpret_cast<const float2*>(rows.biases[BLOCK] + tables[h] + Table::entry_offset(column - LEFT - 2 * W - h));
+            const float p0 = exp2_approx(scores[n] * args.scale_log2 + (bias.x - rows.lse[h]));
+            const float p1 = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
+            const float ds0 = p0 * (slopes[n] - rows.delta[h]), ds1 = p1 * (slopes[n + 1] - rows.delta[h]);
+            if constexpr (Config::RPB_GRADIENT) {
+              float* const sum = sums[column - 2 * FIRST + 1 - h];
+              sum[2 * BLOCK] += ds0;
+              sum[2 * BLOCK + 1] += ds1;
+            }
+            packed[2 * column + h] = pack2<T>(ds0, ds1);
+          }
+        }
+      } else {
+        FASTNA_UNROLL
+        for (int i = 0; i < 4; ++i) packed[4 * p + i] = 0;
+      }
+    }
+  }
+
+  // What one of the two row blocks of keys adds to a tile's gradient.
+  template <int BLOCK>
+  FASTNA_DEVICE void query_block(int warp, const Left& query, const Left& grad_output, const int (&slots)[2], int seen, const QueryRows& rows,
+                                 const int (&tables)[2], Gradient& grad_query, float (&sums)[SUMS][4]) const {
+    Scores scores, slopes;
+    Packed packed;
+    const u32 keys = operand(slots[BLOCK], STRIP_KEY, seen), values = operand(slots[BLOCK], STRIP_VALUE, seen);
+    wgmma_fence();
+    multiply(scores, query, keys);
+    multiply(slopes, grad_output, values);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (warp == 0) differentiate<0, BLOCK>(scores, slopes, packed, sums, rows, tables);
+    else if (warp == 1) differentiate<1, BLOCK>(scores, slopes, packed, sums, rows, tables);
+    else if (warp == 2) differentiate<2, BLOCK>(scores, slopes, packed, sums, rows, tables);
+    else differentiate<3, BLOCK>(scores, slopes, packed, sums, rows, tables);
+    wgmma_fence();
+    add(grad_query, packed, keys);
+    wgmma_commit();
+    if constexpr (!Config::QUEUED) wgmma_wait<0>();
+  }
+
+  FASTNA_DEVICE void queries() const {
+    const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
+    const int above = Config::ABOVE + args.lift;
+    float sums[SUMS][4];
+    FASTNA_UNROLL
+    for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
+
+    walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
+      const int row = step * TILE_SIDE + g;
+      QueryRows rows;
+      FASTNA_UNROLL
+      for (int b = 0; b < 2; ++b) rows.biases[b] = shared.table + Table::query_line(row, args.rows, b * TILE_SIDE + 2 * q - g - above);
+      const float2* statistics = shared.statistics[g + above < TILE_SIDE ? slots[0] : slots[1]] + (g + above & 7);
+#pragma unroll 1
+      for (int i = 0; i < walk.tiles; ++i) {
+        const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(walk.first_tile + i, args.tiles, args.columns);
+        const int seen = tile.first - LEFT - walk.first_column(args.columns), own = seen + LEFT + 2 * warp;  // columns of a slot
+        const int column = tile.first + 2 * warp;
+        Left query, grad_output;
+        load_left(query, slots, STRIP_QUERY, above, own);
+        load_left(grad_output, slots, STRIP_GRAD_OUTPUT, above, own);
+        int tables[2];
+        FASTNA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const float2 of = statistics[(own + h) * TILE_SIDE];
+          rows.lse[h] = tile.own.contains(column + h) ? of.x : infinity();
+          rows.delta[h] = of.y;
+          tables[h] = table_offsets()[column + h + LEFT];
+        }
+        rows.shifted = warp == 0 ? LEFT > 1 && column == 0 : LEFT == 1 || column < args.columns - 2;
+        Gradient grad_query;
+        FASTNA_UNROLL
+        for (int i = 0; i < D / 2; ++i) grad_query[i] = 0.0f;
+        query_block<0>(warp, query, grad_output, slots, seen, rows, tables, grad_query, sums);
+        query_block<1>(warp, query, grad_output, slots, seen, rows, tables, grad_query, sums);
+        wgmma_wait<0>();
+        store(grad_query, args.scale, args.grad_query, walk, row, column, tile.own.contains(column), tile.own.contains(column + 1));
+      }
+    });
+    named_barrier(CONSUMERS, 256);
+    if constexpr (Config::RPB_GRADIENT) add_up(sums, warp, above);
+  }
+
+  // The block's part of the bias gradient, always in the same order.
+  FASTNA_DEVICE void add_up(const float (&sums)[SUMS][4], int warp, int above) const {
+    constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1;
+    float* const kept = reinterpret_cast<float*>(shared.ring);  // nobody needs it any more
+    FASTNA_UNROLL
+    for (int i = 0; i < SUMS; ++i) {
+      FASTNA_UNROLL
+      for (int j = 0; j < 4; ++j) kept[((warp * SUMS + i) * 4 + j) * WARP + lane_index()] = sums[i][j];
+    }
+    named_barrier(QUERIES, 128);
+    float* const part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
+#pragma unroll 1
+    for (int offset = thread_index() & 127; offset < Config::OFFSETS; offset += 128) {
+      const int dr = offset / WIDTH - (Config::WINDOW_ROWS - 1), dc = offset % WIDTH - (Config::WINDOW_COLUMNS - 1);
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int w = 0; w < 4; ++w) {
+        const int i = dc - first_sum(w);
+        if (i < 0 || i >= SUMS) continue;
+#pragma unroll 1
+        for (int row = 0; row < TILE_SIDE; ++row) {
+          const int key = dr + row + above;  // counted from the first row block's first
+          if (key >= 0 && key < 2 * TILE_SIDE) sum += kept[((w * SUMS + i) * 4 + (key >> 3) * 2 + (key & 1)) * WARP + row * 4 + (key & 7) / 2];
+        }
+      }
+      part[offset] = sum;
+    }
+  }
+
+  // ---- Keys
+
+  // Pairs of columns with queries that see the warp's keys, those that the tile is to sum up; none where last < first.
+  FASTNA_DEVICE Interval needed_pairs(const StripOwnTile& tile, int column) const {
+    const int first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
+    if (first > last) return {0, 0};
+    const int begin = first < Config::WINDOW_COLUMNS ? 0 : first - LEFT;
+    const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
+    return {(begin - tile.first + LEFT) / 2, (end - tile.first + LEFT + 1) / 2};
+  }
+
+  FASTNA_DEVICE void keys() const {
+    const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
+
+    walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
+      const int row = step * TILE_SIDE - args.lift + g;
+      const u8* biases[2];
+      FASTNA_UNROLL
+      for (int b = 0; b < 2; ++b) {
+        const int query = (step + b) * TILE_SIDE - Config::ABOVE - args.lift + 2 * q;
+        biases[b] = shared.table + Table::key_line(query, args.rows, row - query - 1) + Table::entry_offset(LEFT + 2 * warp);
+      }
+#pragma unroll 1
+      for (int i = 0; i < walk.tiles; ++i) {
+        const StripOwnTile tile = strip_tile<true, Config::WINDOW_COLUMNS>(walk.first_tile + i, args.tiles, args.columns);
+        const int seen = tile.first - LEFT - walk.first_column(args.columns), own = seen + LEFT + 2 * warp, column = tile.first + 2 * warp;
+        const Interval pairs = needed_pairs(tile, column);
+        const int* tables = table_offsets() + tile.first;
+        Left key, value;
+        load_left(key, slots, STRIP_KEY, Config::ABOVE, own);
+        load_left(value, slots, STRIP_VALUE, Config::ABOVE, own);
+        Gradient grad_key, grad_value;
+        FASTNA_UNROLL
+        for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
+#pragma unroll 1
+        for (int b = 0; b < 2; ++b) {
+          Scores scores, slopes;
+          Packed weights, packed;
+          const int slot = b == 0 ? slots[0] : slots[1];
+          const u32 queries = operand(slot, STRIP_QUERY, seen), grads = operand(slot, STRIP_GRAD_OUTPUT, seen);
+          wgmma_fence();
+          multiply(scores, key, queries);
+          multiply(slopes, value, grads);
+          wgmma_commit();
+          const float4* statistics = reinterpret_cast<const float4*>(shared.statistics[slot] + seen * TILE_SIDE) + q;
+          const u8* biases_of_block = b == 0 ? biases[0] : biases[1];
+          wgmma_wait<0>();
+          FASTNA_UNROLL
+          for (int p = 0; p < PAIRS; ++p) {
+            if (pairs.contains(p)) {
+              const int2 tables_of_pair = *reinterpret_cast<const int2*>(tables + 2 * p);
+              FASTNA_UNROLL
+              for (int j = 0; j < 2; ++j) {
+                const int c = 2 * p + j;
+                const float4 of = statistics[c * (TILE_SIDE / 2)];
+                const u8* entries = biases_of_block + (j == 0 ? tables_of_pair.x : tables_of_pair.y);
+                FASTNA_UNROLL
+                for (int h = 0; h < 2; ++h) {
+                  const int n = 4 * c + 2 * h;
+                  const float2 bias = *reinterpret_cast<const float2*>(entries + (h - c) * 8);
+                  const float p0 = exp2_approx(scores[n] * args.scale_log2 + (bias.y - of.x));
+                  const float p1 = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - of.z));
+                  weights[2 * c + h] = pack2<T>(p0, p1);
+                  packed[2 * c + h] = pack2<T>(p0 * (slopes[n] - of.y), p1 * (slopes[n + 1] - of.w));
+                }
+              }
+            } else {
+              FASTNA_UNROLL
+              for (int j = 0; j < 4; ++j) weights[4 * p + j] = packed[4 * p + j] = 0;
+            }
+          }
+          wgmma_fence();
+          add(grad_value, weights, grads);
+          add(grad_key, packed, queries);
+          wgmma_commit();
+          if constexpr (!Config::QUEUED) wgmma_wait<0>();
+        }
+        wgmma_wait<0>();
+        const bool first = tile.own.contains(column), second = tile.own.contains(column + 1);
+        store(grad_key, args.scale, args.grad_key, walk, row, column, first, second);
+        store(grad_value, 1.0f, args.grad_value, walk, row, column, first, second);
+      }
+    });
+    named_barrier(CONSUMERS, 256);
+  }
+
+  // 256 threads: the bias, and where a column's part of it begins.
+  FASTNA_DEVICE void prepare() const {
+    const int thread = thread_index() - 128;
+    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
+    Table::template build<Config::HAS_RPB>(shared.table, rpb, thread, 256);
+    for (int i = thread; i < args.columns + 2 * LEFT; i += 256) table_offsets()[i] = Table::table_offset(i - LEFT, args.columns);
+    named_barrier(CONSUMERS, 256);
+  }
+};
+
+template <class Config>
+FASTNA_DEVICE void hopper_strip_backward(const HopperStripBackwardArguments& args) {
+  using Kernel = HopperStripBackward<Config>;
+  auto& shared = *dynamic_shared<typename Kernel::Shared>();
+  if (thread_index() == 0) {
+    for (int s = 0; s < Config::SLOTS; ++s) {
+      barrier_init(shared.full[s], 1);
+      barrier_init(shared.ready[s], Kernel::MEASURERS / WARP);  // one arrival per warp, here and below
+      barrier_init(shared.empty[s], 8);
+    }
+    barrier_init_done();
+  }
+  sync_threads();
+  const int warp = warp_index();
+  if (warp < 4) {
+    shrink_registers<Config::PRODUCER_REGISTERS>();
+    if (thread_index() == 0) Kernel(args, shared).produce();
+    if (warp > 0) Kernel(args, shared).measure();
+  } else {
+    grow_registers<Config::CONSUMER_REGISTERS>();
+    Kernel(args, shared).prepare();
+    // Each works out anew which block it is (hence `keep`): what is known to all before they part would be spilled.
+    if (warp < 8) Kernel(args, shared).queries();
+    else Kernel(args, shared).keys();
+  }
+}
+
+}  // namespace fastna
