@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -151,14 +151,21 @@ def lift_of(axis: Axis) -> int | None:
 
 
 def covers_columns(axis: Axis) -> bool:
-    """Whether tiles reach all columns that see or are seen. Pairs of columns must be whole."""
-    length = axis.length
-    return (
-        length >= TILE
-        and length <= MAX_COLUMNS
-        and length % 2 == 0
-        and (length % TILE == 0 or length % TILE > axis.window // 2)
-    )
+    """Whether tiles reach all columns that their own see, or are seen from. Pairs of columns must be whole."""
+    length, reach = axis.length, axis.window // 2
+    if not TILE <= length <= MAX_COLUMNS or length % 2:
+        return False
+    last = -(-length // TILE) - 1
+
+    def covers(last_begin: int, sees: Callable[[int, int], tuple[int, int]]) -> bool:
+        for position in range(length):  # strip_tile
+            first = length - TILE if position >= last_begin else position // TILE * TILE
+            begin, end = sees(position, length)
+            if position < first or begin < first - reach or end > first + TILE + reach:
+                return False
+        return True
+
+    return covers(last * TILE, axis.window_at) and covers(min(last * TILE, length - axis.window), axis.queries_at)
 
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
@@ -200,7 +207,10 @@ def bind_backward(
 
 
 def map_row_block(problem: Problem, tensor: Tensor, columns: int) -> MapOf:
-    """Maps of `tensor`, and of all that lie like it, for copies of 8 rows of some columns of one head, rows innermost."""
+    """Maps for copies of 8 rows of some columns of one head, row by row within a column.
+
+    Of `tensor` and all that lie like it.
+    """
     batch, rows, width, heads, channels = tensor.shape
     sizes = [channels, rows, width, heads, batch]
     # A stride that no step takes still has to be a legal one.

@@ -159,6 +159,31 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(left[k], address ^ (k << 5));
   }
+  // The warp's own tokens: query and grad_output, or key and value. Registers hold both, or one at a time.
+  struct Own {
+    const int (&slots)[2];
+    int above, column;
+    StripSlotTensor tensors[2];
+    Left left[Config::HOLDS_BOTH ? 2 : 1];
+  };
+  FASTNA_DEVICE void load_own(Own& own, int index) const {
+    load_left(own.left[Config::HOLDS_BOTH ? index : 0], own.slots, own.tensors[index], own.above, own.column);
+  }
+  // scores = own first^T and slopes = own second^T, done when this returns.
+  FASTNA_DEVICE void multiply_own(Scores& scores, Scores& slopes, Own& own, u32 first, u32 second) const {
+    if constexpr (!Config::HOLDS_BOTH) load_own(own, 0);
+    wgmma_fence();
+    multiply(scores, own.left[0], first);
+    if constexpr (!Config::HOLDS_BOTH) {
+      wgmma_commit();
+      wgmma_wait<0>();
+      load_own(own, 1);
+      wgmma_fence();
+    }
+    multiply(slopes, own.left[Config::HOLDS_BOTH ? 1 : 0], second);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
   // result = left columns^T
   FASTNA_DEVICE static void multiply(Scores& result, const Left& left, u32 columns) {
     FASTNA_UNROLL
@@ -236,16 +261,11 @@ struct HopperStripBackward {
 
   // What one of the two row blocks of keys adds to a tile's gradient.
   template <int BLOCK>
-  FASTNA_DEVICE void query_block(int warp, const Left& query, const Left& grad_output, const int (&slots)[2], int seen, const QueryRows& rows,
-                                 const int (&tables)[2], Gradient& grad_query, float (&sums)[SUMS][4]) const {
-    Scores scores, slopes;
-    Packed packed;
-    const u32 keys = operand(slots[BLOCK], STRIP_KEY, seen), values = operand(slots[BLOCK], STRIP_VALUE, seen);
-    wgmma_fence();
-    multiply(scores, query, keys);
-    multiply(slopes, grad_output, values);
-    wgmma_commit();
-    wgmma_wait<0>();
+  FASTNA_DEVICE void query_block(int warp, Own& own, int seen, const QueryRows& rows,
+                                 const int (&tables)[2], Scores& scores, Scores& slopes, Packed& packed, Gradient& grad_query,
+                                 float (&sums)[SUMS][4]) const {
+    const u32 keys = operand(own.slots[BLOCK], STRIP_KEY, seen), values = operand(own.slots[BLOCK], STRIP_VALUE, seen);
+    multiply_own(scores, slopes, own, keys, values);
     if (warp == 0) differentiate<0, BLOCK>(scores, slopes, packed, sums, rows, tables);
     else if (warp == 1) differentiate<1, BLOCK>(scores, slopes, packed, sums, rows, tables);
     else if (warp == 2) differentiate<2, BLOCK>(scores, slopes, packed, sums, rows, tables);
@@ -263,6 +283,10 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
 
+    Scores scores, slopes;
+    Packed packed;
+    FASTNA_UNROLL
+    for (int i = 0; i < N / 2; ++i) scores[i] = slopes[i] = 0.0f;
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
       const int row = step * TILE_SIDE + g;
       QueryRows rows;
@@ -274,9 +298,8 @@ struct HopperStripBackward {
         const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(walk.first_tile + i, args.tiles, args.columns);
         const int seen = tile.first - LEFT - walk.first_column(args.columns), own = seen + LEFT + 2 * warp;  // columns of a slot
         const int column = tile.first + 2 * warp;
-        Left query, grad_output;
-        load_left(query, slots, STRIP_QUERY, above, own);
-        load_left(grad_output, slots, STRIP_GRAD_OUTPUT, above, own);
+        Own left{slots, above, own, {STRIP_QUERY, STRIP_GRAD_OUTPUT}, {}};
+        if constexpr (Config::HOLDS_BOTH) load_own(left, 0), load_own(left, 1);
         int tables[2];
         FASTNA_UNROLL
         for (int h = 0; h < 2; ++h) {
@@ -289,8 +312,8 @@ struct HopperStripBackward {
         Gradient grad_query;
         FASTNA_UNROLL
         for (int i = 0; i < D / 2; ++i) grad_query[i] = 0.0f;
-        query_block<0>(warp, query, grad_output, slots, seen, rows, tables, grad_query, sums);
-        query_block<1>(warp, query, grad_output, slots, seen, rows, tables, grad_query, sums);
+        query_block<0>(warp, left, seen, rows, tables, scores, slopes, packed, grad_query, sums);
+        query_block<1>(warp, left, seen, rows, tables, scores, slopes, packed, grad_query, sums);
         wgmma_wait<0>();
         store(grad_query, args.scale, args.grad_query, walk, row, column, tile.own.contains(column), tile.own.contains(column + 1));
       }
@@ -342,6 +365,10 @@ struct HopperStripBackward {
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
 
+    Scores scores, slopes;
+    Packed weights, packed;
+    FASTNA_UNROLL
+    for (int i = 0; i < N / 2; ++i) scores[i] = slopes[i] = 0.0f;
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
       const int row = step * TILE_SIDE - args.lift + g;
       const u8* biases[2];
@@ -356,25 +383,18 @@ struct HopperStripBackward {
         const int seen = tile.first - LEFT - walk.first_column(args.columns), own = seen + LEFT + 2 * warp, column = tile.first + 2 * warp;
         const Interval pairs = needed_pairs(tile, column);
         const int* tables = table_offsets() + tile.first;
-        Left key, value;
-        load_left(key, slots, STRIP_KEY, Config::ABOVE, own);
-        load_left(value, slots, STRIP_VALUE, Config::ABOVE, own);
+        Own left{slots, Config::ABOVE, own, {STRIP_KEY, STRIP_VALUE}, {}};
+        if constexpr (Config::HOLDS_BOTH) load_own(left, 0), load_own(left, 1);
         Gradient grad_key, grad_value;
         FASTNA_UNROLL
         for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
-          Scores scores, slopes;
-          Packed weights, packed;
           const int slot = b == 0 ? slots[0] : slots[1];
           const u32 queries = operand(slot, STRIP_QUERY, seen), grads = operand(slot, STRIP_GRAD_OUTPUT, seen);
-          wgmma_fence();
-          multiply(scores, key, queries);
-          multiply(slopes, value, grads);
-          wgmma_commit();
+          multiply_own(scores, slopes, left, queries, grads);
           const float4* statistics = reinterpret_cast<const float4*>(shared.statistics[slot] + seen * TILE_SIDE) + q;
           const u8* biases_of_block = b == 0 ? biases[0] : biases[1];
-          wgmma_wait<0>();
           FASTNA_UNROLL
           for (int p = 0; p < PAIRS; ++p) {
             if (pairs.contains(p)) {
@@ -403,9 +423,8 @@ struct HopperStripBackward {
           add(grad_value, weights, grads);
           add(grad_key, packed, queries);
           wgmma_commit();
-          if constexpr (!Config::QUEUED) wgmma_wait<0>();
+          wgmma_wait<0>();
         }
-        wgmma_wait<0>();
         const bool first = tile.own.contains(column), second = tile.own.contains(column + 1);
         store(grad_key, args.scale, args.grad_key, walk, row, column, first, second);
         store(grad_value, 1.0f, args.grad_value, walk, row, column, first, second);
