@@ -262,7 +262,7 @@ def choose_cut(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties)
 def plan(problem: Problem, cut: Cut, needs_rpb_grad: bool, device: DeviceProperties) -> Plan:
     rows, columns = problem.space
     window_rows, window_columns = problem.window
-    tiles = -(-columns // TILE)
+    tiles, steps = -(-columns // TILE), -(-rows // TILE)
     strip_tiles = -(-tiles // cut.strips)
     box_columns = strip_tiles * TILE + window_columns - 1
     walks = problem.batch * cut.strips
@@ -288,14 +288,15 @@ def plan(problem: Problem, cut: Cut, needs_rpb_grad: bool, device: DevicePropert
     tokens, token_bytes = box_columns * TILE, problem.head_dim * 2
     used = cut.slots * tokens * (4 * token_bytes + 8) + tokens * token_bytes
     used += 2 * PADDING + window_columns * (4 * window_rows - 1) * (2 * window_columns + 1) * 8
-    used += 8 * tokens + 3 * 8 * cut.slots
-    shared_bytes = -(-used // 16) * 16 + 4 * (columns + 2 * (window_columns // 2))
+    used += 4 * tokens + 3 * 8 * cut.slots
+    # Behind: what is known of tiles, steps and columns.
+    shared_bytes = -(-used // 16) * 16 + 128 * tiles + 256 * steps + 4 * (columns + window_columns - 1)
     return Plan(
         source=source,
         grid=problem.heads * max(1, min(walks, device.multiprocessors // problem.heads)),
         shared_bytes=shared_bytes,
         walks=walks,
-        steps=-(-rows // TILE),
+        steps=steps,
         tiles=tiles,
         box_columns=box_columns,
     )

@@ -41,6 +41,11 @@ struct HopperStripBackward {
     members = static_cast<int>(block_count()) / args.heads;
   }
 
+  // Of a token and the head in [batch, rows, columns, heads].
+  FASTNA_DEVICE i64 index_of(const Walk& walk, int row, int column) const {
+    return ((static_cast<i64>(walk.batch) * args.rows + row) * args.columns + column) * args.heads + head;
+  }
+
   // ---- What brings row blocks
 
   // One thread.
@@ -65,7 +70,7 @@ struct HopperStripBackward {
   FASTNA_DEVICE void measure() const {
     constexpr int CHUNKS = Config::CHUNKS, STEP = MEASURERS / CHUNKS, PASSES = (Config::TOKENS + STEP - 1) / STEP;
     const int thread = thread_index() - WARP, chunk = thread % CHUNKS, first = thread / CHUNKS;
-    const u32 output = shared_address(shared.output) + chunk * 16, lse = shared_address(shared.lse), grad_lse = shared_address(shared.grad_lse);
+    const u32 output = shared_address(shared.output) + chunk * 16, lse = shared_address(shared.lse);
     Position at;
     for (Walk walk(member); walk.find(args); walk.number += members) {
       for (int block = 0; block <= args.steps; ++block, at.advance()) {
@@ -77,13 +82,9 @@ struct HopperStripBackward {
 #pragma unroll 1
         for (int token = first; token < Config::TOKENS; token += STEP) {
           const bool valid = inside(token);
-          const i64 row = static_cast<i64>(walk.batch) * args.rows + row0 + token % TILE_SIDE;
-          const i64 index = valid ? (row * args.columns + column0 + token / TILE_SIDE) * args.heads + head : 0;
+          const i64 index = valid ? index_of(walk, row0 + token % TILE_SIDE, column0 + token / TILE_SIDE) : 0;
           copy_async<16>(output + token * ROW, static_cast<const T*>(args.output) + index * D + chunk * 8, valid);
-          if (chunk == 0) {
-            copy_async<4>(lse + token * 4, args.lse + index, valid);
-            if (args.grad_lse != nullptr) copy_async<4>(grad_lse + token * 4, args.grad_lse + index, valid);
-          }
+          if (chunk == 0) copy_async<4>(lse + token * 4, args.lse + index, valid);
         }
         commit_copies();
         barrier_wait(shared.full[at.slot], at.parity);
@@ -100,9 +101,12 @@ struct HopperStripBackward {
           FASTNA_UNROLL
           for (int distance = 1; distance < CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
           if (chunk == 0 && token < Config::TOKENS) {
-            if (args.grad_lse != nullptr) delta -= shared.grad_lse[token];
-            // No weight for a query that is none.
-            shared.statistics[at.slot][token] = inside(token) ? float2{shared.lse[token] * LOG2_E, delta} : float2{infinity(), 0.0f};
+            float2 result = {infinity(), 0.0f};  // no weight for a query that is none
+            if (inside(token)) {
+              if (args.grad_lse != nullptr) delta -= load_readonly(args.grad_lse + index_of(walk, row0 + token % TILE_SIDE, column0 + token / TILE_SIDE));
+              result = {shared.lse[token] * LOG2_E, delta};
+            }
+            shared.statistics[at.slot][token] = result;
           }
         }
         release(shared.ready[at.slot]);
@@ -126,10 +130,19 @@ struct HopperStripBackward {
     barrier_wait(shared.full[at.slot], at.parity);
     barrier_wait(shared.ready[at.slot], at.parity);
   }
-  FASTNA_DEVICE u32 operand(int slot, StripSlotTensor tensor, int column) const {
-    return shared_address(shared.ring[slot][tensor]) + column * COLUMN;
+  // An operand of products in shared memory; `bytes` further another one.
+  struct Operand {
+    u64 descriptor;
+    FASTNA_DEVICE u64 at(int bytes) const { return (descriptor & ~0xffffffffull) | (static_cast<u32>(descriptor) + static_cast<u32>(bytes >> 4)); }
+  };
+  FASTNA_DEVICE Operand operand(int slot) const { return {matrix_descriptor<ROW>(shared_address(shared.ring[slot]))}; }
+  static constexpr FASTNA_DEVICE int tensor_offset(StripSlotTensor tensor) { return tensor * Config::BLOCK_BYTES; }
+
+  FASTNA_DEVICE StripOwnColumns* own_columns(int tile, bool keys) const {
+    return reinterpret_cast<StripOwnColumns*>(&shared + 1) + (tile * 2 + keys) * 4;
   }
-  FASTNA_DEVICE int* table_offsets() const { return reinterpret_cast<int*>(&shared + 1); }
+  FASTNA_DEVICE u32* lines(int step, bool keys) const { return reinterpret_cast<u32*>(own_columns(args.tiles, false)) + (step * 2 + keys) * WARP; }
+  FASTNA_DEVICE int* table_offsets() const { return reinterpret_cast<int*>(lines(args.steps, false)); }
 
   // The steps of all walks: work(walk, step, slots of the step's row blocks).
   template <class Work>
@@ -151,56 +164,58 @@ struct HopperStripBackward {
     }
   }
 
-  // The warp's 16 tokens of a tile that begins with row `above` of the first of two row blocks, its two columns from `column` of a slot on.
-  FASTNA_DEVICE void load_left(Left& left, const int (&slots)[2], StripSlotTensor tensor, int above, int column) const {
-    const int lane = lane_index(), row = (lane & 7) + above, half_ = lane >> 4;
-    const int token = row & 7, slot = row < TILE_SIDE ? slots[0] : slots[1];
-    const u32 address = operand(slot, tensor, column + (lane >> 3 & 1)) + token * ROW + ((half_ ^ swizzle(token)) << 4);
+  // The lane's address of the 16 tokens of two columns, as ldmatrix wants it, of a tile that begins with row `above` of the first of two row
+  // blocks; of column 0 of a slot and its first tensor.
+  FASTNA_DEVICE u32 left_address(const int (&slots)[2], int above) const {
+    int lane = lane_index();
+    keep(lane);  // worked out in every step: there is no register to keep it in
+    const int row = (lane & 7) + above, token = row & 7;
+    return shared_address(shared.ring[row < TILE_SIDE ? slots[0] : slots[1]]) + (lane >> 3 & 1) * COLUMN + token * ROW +
+           (((lane >> 4) ^ swizzle(token)) << 4);
+  }
+  FASTNA_DEVICE static void load_left(Left& left, u32 address, StripSlotTensor tensor) {
     FASTNA_UNROLL
-    for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(left[k], address ^ (k << 5));
+    for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(left[k], (address ^ (k << 5)) + tensor_offset(tensor));
   }
-  // The warp's own tokens: query and grad_output, or key and value. Registers hold both, or one at a time.
+  // The warp's own tokens, of two tensors. Registers hold both, or one at a time.
+  template <StripSlotTensor FIRST, StripSlotTensor SECOND>
   struct Own {
-    const int (&slots)[2];
-    int above, column;
-    StripSlotTensor tensors[2];
+    u32 address;
     Left left[Config::HOLDS_BOTH ? 2 : 1];
-  };
-  FASTNA_DEVICE void load_own(Own& own, int index) const {
-    load_left(own.left[Config::HOLDS_BOTH ? index : 0], own.slots, own.tensors[index], own.above, own.column);
-  }
-  // scores = own first^T and slopes = own second^T, done when this returns.
-  FASTNA_DEVICE void multiply_own(Scores& scores, Scores& slopes, Own& own, u32 first, u32 second) const {
-    if constexpr (!Config::HOLDS_BOTH) load_own(own, 0);
-    wgmma_fence();
-    multiply(scores, own.left[0], first);
-    if constexpr (!Config::HOLDS_BOTH) {
+
+    FASTNA_DEVICE explicit Own(u32 address_) : address(address_) {
+      if constexpr (Config::HOLDS_BOTH) load_left(left[0], address, FIRST), load_left(left[1], address, SECOND);
+    }
+    // scores = own first^T and slopes = own second^T, done when this returns.
+    FASTNA_DEVICE void multiply(Scores& scores, Scores& slopes, const Operand& columns, StripSlotTensor first, StripSlotTensor second) {
+      if constexpr (!Config::HOLDS_BOTH) load_left(left[0], address, FIRST);
+      wgmma_fence();
+      multiply_transposed(scores, left[0], columns, tensor_offset(first));
+      if constexpr (!Config::HOLDS_BOTH) {
+        wgmma_commit();
+        wgmma_wait<0>();
+        load_left(left[0], address, SECOND);
+        wgmma_fence();
+      }
+      multiply_transposed(slopes, left[Config::HOLDS_BOTH ? 1 : 0], columns, tensor_offset(second));
       wgmma_commit();
       wgmma_wait<0>();
-      load_own(own, 1);
-      wgmma_fence();
     }
-    multiply(slopes, own.left[Config::HOLDS_BOTH ? 1 : 0], second);
-    wgmma_commit();
-    wgmma_wait<0>();
-  }
+  };
   // result = left columns^T
-  FASTNA_DEVICE static void multiply(Scores& result, const Left& left, u32 columns) {
+  FASTNA_DEVICE static void multiply_transposed(Scores& result, const Left& left, const Operand& columns, int offset) {
     FASTNA_UNROLL
-    for (int k = 0; k < K_STEPS; ++k) Wgmma<N>::template product_of_registers<T>(result, left[k], matrix_descriptor<ROW>(columns + k * 32), k != 0);
+    for (int k = 0; k < K_STEPS; ++k) Wgmma<N>::template product_of_registers<T>(result, left[k], columns.at(offset + k * 32), k != 0);
   }
   // sum += factors columns
-  FASTNA_DEVICE static void add(Gradient& sum, const Packed& factors, u32 columns) {
+  FASTNA_DEVICE static void add(Gradient& sum, const Packed& factors, const Operand& columns, StripSlotTensor tensor) {
     FASTNA_UNROLL
-    for (int k = 0; k < PAIRS; ++k) Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, matrix_descriptor<ROW>(columns + k * 2 * COLUMN));
+    for (int k = 0; k < PAIRS; ++k) Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, columns.at(tensor_offset(tensor) + k * 2 * COLUMN));
   }
-  // Writes the warp's 16 tokens times `factor`: `row` of the map in both columns from `column`, where wanted.
+  // Writes the warp's 16 tokens times `factor` where wanted; `target` is the lane's place in the first.
   // Neighbouring lanes trade halves of two chunks, so that a store fills whole 32-byte sectors.
-  FASTNA_DEVICE void store(const Gradient& sum, float factor, void* tensor, const Walk& walk, int row, int column, bool first, bool second) const {
-    const int lane = lane_index();
-    const bool odd = (lane & 1) != 0, exists = static_cast<u32>(row) < static_cast<u32>(args.rows);
-    const i64 token = ((static_cast<i64>(walk.batch) * args.rows + row) * args.columns + column) * args.heads + head;
-    T* const target = static_cast<T*>(tensor) + token * D + (lane & 1) * 8 + (lane & 2) * 2;
+  FASTNA_DEVICE void store(const Gradient& sum, float factor, T* target, bool first, bool second) const {
+    const bool odd = (lane_index() & 1) != 0;
     FASTNA_UNROLL
     for (int h = 0; h < 2; ++h) {
       FASTNA_UNROLL
@@ -209,9 +224,15 @@ struct HopperStripBackward {
         const u32 odd_chunk = pack2<T>(sum[4 * c + 4 + 2 * h] * factor, sum[4 * c + 4 + 2 * h + 1] * factor);
         const u32 received = shuffle_xor(odd ? even_chunk : odd_chunk, 1);
         const uint2 half_ = odd ? uint2{received, odd_chunk} : uint2{even_chunk, received};
-        if (exists && (h == 0 ? first : second)) *reinterpret_cast<uint2*>(target + h * args.heads * D + c * 8) = half_;
+        if (h == 0 ? first : second) *reinterpret_cast<uint2*>(target + c * 8) = half_;
       }
+      target += args.heads * D;
     }
+  }
+  // The lane's place in a gradient, counted from the first channel of a tile's first row.
+  FASTNA_DEVICE int lane_offset() const {
+    const int lane = lane_index();
+    return (lane >> 2) * args.columns * args.heads * D + (lane & 1) * 8 + (lane & 2) * 2;
   }
 
   // ---- Queries
@@ -259,25 +280,26 @@ struct HopperStripBackward {
     }
   }
 
+  using Queries = Own<STRIP_QUERY, STRIP_GRAD_OUTPUT>;
+  using Keys = Own<STRIP_KEY, STRIP_VALUE>;
+
   // What one of the two row blocks of keys adds to a tile's gradient.
   template <int BLOCK>
-  FASTNA_DEVICE void query_block(int warp, Own& own, int seen, const QueryRows& rows,
-                                 const int (&tables)[2], Scores& scores, Scores& slopes, Packed& packed, Gradient& grad_query,
-                                 float (&sums)[SUMS][4]) const {
-    const u32 keys = operand(own.slots[BLOCK], STRIP_KEY, seen), values = operand(own.slots[BLOCK], STRIP_VALUE, seen);
-    multiply_own(scores, slopes, own, keys, values);
+  FASTNA_DEVICE void query_block(int warp, Queries& own, const Operand& block, const QueryRows& rows, const int (&tables)[2], Scores& scores,
+                                 Scores& slopes, Packed& packed, Gradient& grad_query, float (&sums)[SUMS][4]) const {
+    own.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
     if (warp == 0) differentiate<0, BLOCK>(scores, slopes, packed, sums, rows, tables);
     else if (warp == 1) differentiate<1, BLOCK>(scores, slopes, packed, sums, rows, tables);
     else if (warp == 2) differentiate<2, BLOCK>(scores, slopes, packed, sums, rows, tables);
     else differentiate<3, BLOCK>(scores, slopes, packed, sums, rows, tables);
     wgmma_fence();
-    add(grad_query, packed, keys);
+    add(grad_query, packed, block, STRIP_KEY);
     wgmma_commit();
     if constexpr (!Config::QUEUED) wgmma_wait<0>();
   }
 
   FASTNA_DEVICE void queries() const {
-    const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
+    const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2;
     const int above = Config::ABOVE + args.lift;
     float sums[SUMS][4];
     FASTNA_UNROLL
@@ -288,34 +310,33 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int i = 0; i < N / 2; ++i) scores[i] = slopes[i] = 0.0f;
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
-      const int row = step * TILE_SIDE + g;
+      const int row = step * TILE_SIDE + g, first_column = walk.first_column(args.columns);
+      const u32 both_lines = lines(step, false)[lane];
       QueryRows rows;
-      FASTNA_UNROLL
-      for (int b = 0; b < 2; ++b) rows.biases[b] = shared.table + Table::query_line(row, args.rows, b * TILE_SIDE + 2 * q - g - above);
+      rows.biases[0] = shared.table + (both_lines & 0xffffu), rows.biases[1] = shared.table + (both_lines >> 16);
       const float2* statistics = shared.statistics[g + above < TILE_SIDE ? slots[0] : slots[1]] + (g + above & 7);
+      const u32 left = left_address(slots, above);
+      const Operand blocks[2] = {operand(slots[0]), operand(slots[1])};
+      const i64 target = index_of(walk, step * TILE_SIDE, 0) * D;
+      const bool exists = row < args.rows;
 #pragma unroll 1
       for (int i = 0; i < walk.tiles; ++i) {
-        const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(walk.first_tile + i, args.tiles, args.columns);
-        const int seen = tile.first - LEFT - walk.first_column(args.columns), own = seen + LEFT + 2 * warp;  // columns of a slot
-        const int column = tile.first + 2 * warp;
-        Own left{slots, above, own, {STRIP_QUERY, STRIP_GRAD_OUTPUT}, {}};
-        if constexpr (Config::HOLDS_BOTH) load_own(left, 0), load_own(left, 1);
-        int tables[2];
-        FASTNA_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const float2 of = statistics[(own + h) * TILE_SIDE];
-          rows.lse[h] = tile.own.contains(column + h) ? of.x : infinity();
-          rows.delta[h] = of.y;
-          tables[h] = table_offsets()[column + h + LEFT];
-        }
-        rows.shifted = warp == 0 ? LEFT > 1 && column == 0 : LEFT == 1 || column < args.columns - 2;
+        const StripOwnColumns columns = own_columns(walk.first_tile + i, false)[warp];
+        const int column = shuffle(columns.column, 0), own = column - first_column, seen = (own - LEFT - 2 * warp) * COLUMN;
+        const u32 flags = shuffle(columns.flags, 0);
+        Queries tokens(left + own * COLUMN);
+        const float2 of_first = statistics[own * TILE_SIDE], of_second = statistics[(own + 1) * TILE_SIDE];
+        rows.lse[0] = flags & StripOwnColumns::FIRST ? of_first.x : infinity(), rows.delta[0] = of_first.y;
+        rows.lse[1] = flags & StripOwnColumns::SECOND ? of_second.x : infinity(), rows.delta[1] = of_second.y;
+        rows.shifted = (flags & StripOwnColumns::SHIFTED) != 0;
         Gradient grad_query;
         FASTNA_UNROLL
-        for (int i = 0; i < D / 2; ++i) grad_query[i] = 0.0f;
-        query_block<0>(warp, left, seen, rows, tables, scores, slopes, packed, grad_query, sums);
-        query_block<1>(warp, left, seen, rows, tables, scores, slopes, packed, grad_query, sums);
+        for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
+        query_block<0>(warp, tokens, {blocks[0].at(seen)}, rows, columns.tables, scores, slopes, packed, grad_query, sums);
+        query_block<1>(warp, tokens, {blocks[1].at(seen)}, rows, columns.tables, scores, slopes, packed, grad_query, sums);
         wgmma_wait<0>();
-        store(grad_query, args.scale, args.grad_query, walk, row, column, tile.own.contains(column), tile.own.contains(column + 1));
+        store(grad_query, args.scale, static_cast<T*>(args.grad_query) + (target + column * args.heads * D) + lane_offset(), exists && (flags & StripOwnColumns::FIRST),
+              exists && (flags & StripOwnColumns::SECOND));
       }
     });
     named_barrier(CONSUMERS, 256);
@@ -353,15 +374,6 @@ struct HopperStripBackward {
 
   // ---- Keys
 
-  // Pairs of columns with queries that see the warp's keys, those that the tile is to sum up; none where last < first.
-  FASTNA_DEVICE Interval needed_pairs(const StripOwnTile& tile, int column) const {
-    const int first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
-    if (first > last) return {0, 0};
-    const int begin = first < Config::WINDOW_COLUMNS ? 0 : first - LEFT;
-    const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
-    return {(begin - tile.first + LEFT) / 2, (end - tile.first + LEFT + 1) / 2};
-  }
-
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
 
@@ -370,40 +382,38 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int i = 0; i < N / 2; ++i) scores[i] = slopes[i] = 0.0f;
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
-      const int row = step * TILE_SIDE - args.lift + g;
-      const u8* biases[2];
-      FASTNA_UNROLL
-      for (int b = 0; b < 2; ++b) {
-        const int query = (step + b) * TILE_SIDE - Config::ABOVE - args.lift + 2 * q;
-        biases[b] = shared.table + Table::key_line(query, args.rows, row - query - 1) + Table::entry_offset(LEFT + 2 * warp);
-      }
+      const int row = step * TILE_SIDE - args.lift + g, first_column = walk.first_column(args.columns);
+      const u32 both_lines = lines(step, true)[lane];
+      const u8* const table = shared.table + Table::entry_offset(LEFT + 2 * warp);
+      const u32 left = left_address(slots, Config::ABOVE);
+      const i64 target = index_of(walk, step * TILE_SIDE - args.lift, 0) * D;
+      const bool exists = static_cast<u32>(row) < static_cast<u32>(args.rows);
 #pragma unroll 1
       for (int i = 0; i < walk.tiles; ++i) {
-        const StripOwnTile tile = strip_tile<true, Config::WINDOW_COLUMNS>(walk.first_tile + i, args.tiles, args.columns);
-        const int seen = tile.first - LEFT - walk.first_column(args.columns), own = seen + LEFT + 2 * warp, column = tile.first + 2 * warp;
-        const Interval pairs = needed_pairs(tile, column);
-        const int* tables = table_offsets() + tile.first;
-        Own left{slots, Config::ABOVE, own, {STRIP_KEY, STRIP_VALUE}, {}};
-        if constexpr (Config::HOLDS_BOTH) load_own(left, 0), load_own(left, 1);
+        const StripOwnColumns columns = own_columns(walk.first_tile + i, true)[warp];
+        const int column = shuffle(columns.column, 0), own = column - first_column, seen = own - LEFT - 2 * warp;
+        const u32 flags = shuffle(columns.flags, 0);
+        const int* tables = table_offsets() + column - 2 * warp;
+        Keys tokens(left + own * COLUMN);
         Gradient grad_key, grad_value;
         FASTNA_UNROLL
         for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
-          const u32 queries = operand(slot, STRIP_QUERY, seen), grads = operand(slot, STRIP_GRAD_OUTPUT, seen);
-          multiply_own(scores, slopes, left, queries, grads);
+          const Operand block = {operand(slot).at(seen * COLUMN)};
           const float4* statistics = reinterpret_cast<const float4*>(shared.statistics[slot] + seen * TILE_SIDE) + q;
-          const u8* biases_of_block = b == 0 ? biases[0] : biases[1];
+          const u8* biases = table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16);
+          tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
           FASTNA_UNROLL
           for (int p = 0; p < PAIRS; ++p) {
-            if (pairs.contains(p)) {
+            if (flags & (StripOwnColumns::PAIR << p)) {
               const int2 tables_of_pair = *reinterpret_cast<const int2*>(tables + 2 * p);
               FASTNA_UNROLL
               for (int j = 0; j < 2; ++j) {
                 const int c = 2 * p + j;
                 const float4 of = statistics[c * (TILE_SIDE / 2)];
-                const u8* entries = biases_of_block + (j == 0 ? tables_of_pair.x : tables_of_pair.y);
+                const u8* entries = biases + (j == 0 ? tables_of_pair.x : tables_of_pair.y);
                 FASTNA_UNROLL
                 for (int h = 0; h < 2; ++h) {
                   const int n = 4 * c + 2 * h;
@@ -420,26 +430,63 @@ struct HopperStripBackward {
             }
           }
           wgmma_fence();
-          add(grad_value, weights, grads);
-          add(grad_key, packed, queries);
+          add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
+          add(grad_key, packed, block, STRIP_QUERY);
           wgmma_commit();
           wgmma_wait<0>();
         }
-        const bool first = tile.own.contains(column), second = tile.own.contains(column + 1);
-        store(grad_key, args.scale, args.grad_key, walk, row, column, first, second);
-        store(grad_value, 1.0f, args.grad_value, walk, row, column, first, second);
+        const i64 offset = target + column * args.heads * D + lane_offset();
+        const bool first = exists && (flags & StripOwnColumns::FIRST), second = exists && (flags & StripOwnColumns::SECOND);
+        store(grad_key, args.scale, static_cast<T*>(args.grad_key) + offset, first, second);
+        store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + offset, first, second);
       }
     });
     named_barrier(CONSUMERS, 256);
   }
 
-  // 256 threads: the bias, and where a column's part of it begins.
+  // ---- Before: 256 threads
+
   FASTNA_DEVICE void prepare() const {
     const int thread = thread_index() - 128;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
     Table::template build<Config::HAS_RPB>(shared.table, rpb, thread, 256);
+    for (int i = thread; i < args.tiles * 8; i += 256) own_columns(i / 8, false)[i % 8] = i / 4 % 2 == 0 ? query_columns(i / 8, i % 4) : key_columns(i / 8, i % 4);
+    for (int i = thread; i < args.steps * 2 * WARP; i += 256) lines(0, false)[i] = lines_of(i / (2 * WARP), i / WARP % 2 != 0, i % WARP);
     for (int i = thread; i < args.columns + 2 * LEFT; i += 256) table_offsets()[i] = Table::table_offset(i - LEFT, args.columns);
     named_barrier(CONSUMERS, 256);
+  }
+  FASTNA_DEVICE u32 lines_of(int step, bool keys, int lane) const {
+    const int g = lane >> 2, q = lane & 3;
+    u32 result = 0;
+    for (int b = 0; b < 2; ++b) {
+      const int first = (step + b) * TILE_SIDE - Config::ABOVE - args.lift + 2 * q;  // of two rows of the row block
+      const int own = step * TILE_SIDE + g - (keys ? args.lift : 0);
+      const int line = keys ? Table::key_line(first, args.rows, own - first - 1) : Table::query_line(own, args.rows, first - own);
+      result |= static_cast<u32>(line) << 16 * b;
+    }
+    return result;
+  }
+  static FASTNA_DEVICE u32 own_flags(const StripOwnTile& tile, int column) {
+    return (tile.own.contains(column) ? StripOwnColumns::FIRST : 0) | (tile.own.contains(column + 1) ? StripOwnColumns::SECOND : 0);
+  }
+  FASTNA_DEVICE StripOwnColumns query_columns(int number, int warp) const {
+    const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(number, args.tiles, args.columns);
+    const int column = tile.first + 2 * warp;
+    const bool shifted = warp == 0 ? LEFT > 1 && column == 0 : LEFT == 1 || column < args.columns - 2;
+    return {column, own_flags(tile, column) | (shifted ? StripOwnColumns::SHIFTED : 0),
+            {Table::table_offset(column, args.columns), Table::table_offset(column + 1, args.columns)}};
+  }
+  FASTNA_DEVICE StripOwnColumns key_columns(int number, int warp) const {
+    const StripOwnTile tile = strip_tile<true, Config::WINDOW_COLUMNS>(number, args.tiles, args.columns);
+    const int column = tile.first + 2 * warp;
+    u32 flags = own_flags(tile, column);
+    const int first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
+    if (first <= last) {  // pairs of columns with queries that see them
+      const int begin = first < Config::WINDOW_COLUMNS ? 0 : first - LEFT;
+      const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
+      for (int p = (begin - tile.first + LEFT) / 2; 2 * p < end - tile.first + LEFT; ++p) flags |= StripOwnColumns::PAIR << p;
+    }
+    return {column, flags, {0, 0}};
   }
 };
 

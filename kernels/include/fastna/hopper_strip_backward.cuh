@@ -114,9 +114,18 @@ struct HopperStripBackwardShared {
   u8 output[Config::TOKENS * Config::ROW_BYTES];          // of the row block whose statistics come next
   float2 statistics[Config::SLOTS][Config::TOKENS];      // lse * log2(e), and delta = sum(grad_output * output) - grad_lse
   alignas(16) u8 table[Table::BYTES];
-  float lse[Config::TOKENS], grad_lse[Config::TOKENS];
+  float lse[Config::TOKENS];
   MemoryBarrier full[Config::SLOTS], ready[Config::SLOTS], empty[Config::SLOTS];  // operands are there; statistics too; nobody needs them
-  // Behind: per column of the map, and LEFT more on either side, Table::table_offset.
+  // Behind, worked out once for all walks: StripOwnColumns [tiles][queries, keys][4 warps]; lines of the table, as two of 16 bits for both row
+  // blocks, [steps][queries, keys][lanes]; and Table::table_offset per column of the map and of LEFT more on either side.
+};
+
+// A warp's two columns of a tile.
+struct alignas(16) StripOwnColumns {
+  static constexpr u32 FIRST = 1, SECOND = 2, SHIFTED = 4, PAIR = 8;
+  int column;     // the first, of the map
+  u32 flags;      // whether it sums up the first, and the second; of queries, see HopperStripBackward::differentiate; of keys, pairs that see them
+  int tables[2];  // of queries: Table::table_offset
 };
 
 // One strip of one map.
