@@ -43,8 +43,8 @@ HOPPER_STRIP_BACKWARD = Struct(
     query=TENSOR_MAP,
     key=TENSOR_MAP,
     value=TENSOR_MAP,
+    output=TENSOR_MAP,
     grad_output=TENSOR_MAP,
-    output=POINTER,
     grad_query=POINTER,
     grad_key=POINTER,
     grad_value=POINTER,
@@ -193,15 +193,12 @@ def bind_backward(
     chosen = plan(problem, cut, needs_rpb_grad, runtime.properties(problem.device))
     packed = pack(problem, cut, chosen)
     start = Launch(chosen.source, chosen.grid, chosen.shared_bytes, packed, _set_pointers).bind(problem.device)
-    operand_maps = [
-        map_row_block(problem, tensor, chosen.box_columns) for tensor in (operands.query, operands.key, operands.value)
-    ]
-    map_of_gradient = map_row_block(problem, grad_output, chosen.box_columns)
+    contiguous = torch.empty(output.shape, dtype=output.dtype, device="meta")
+    read = (operands.query, operands.key, operands.value, contiguous, grad_output)
+    maps = [map_row_block(problem, tensor, chosen.box_columns) for tensor in read]
 
     def launch(*addresses: int) -> None:
-        maps = [map_of(address) for map_of, address in zip(operand_maps, addresses, strict=False)]
-        output_address, grad_address = addresses[3:5]
-        start(*maps, map_of_gradient(grad_address), output_address, *addresses[5:])
+        start(*[map_of(address) for map_of, address in zip(maps, addresses, strict=False)], *addresses[len(maps) :])
 
     return bound.backward(problem, launch, chosen.grid // problem.heads if needs_rpb_grad else 0)
 
@@ -249,13 +246,22 @@ def pack(problem: Problem, cut: Cut, plan: Plan) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def choose_cut(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Cut | None:
-    """The fewest strips of which a ring holds three row blocks, and four where there is room."""
+    """The fewest columns brought in, halos included, of which a ring holds four row blocks, or else three.
+
+    Two are in use, a third comes in meanwhile, and its statistics follow: where there is a fourth, nobody waits.
+    """
     tiles = -(-problem.space[1] // TILE)
-    for strips in range(1, tiles + 1):
-        for slots in SLOTS:
-            cut = Cut(strips, slots)
-            if plan(problem, cut, needs_rpb_grad, device).shared_bytes <= device.shared_memory:
-                return cut
+
+    def columns(cut: Cut) -> int:
+        return cut.strips * plan(problem, cut, needs_rpb_grad, device).box_columns
+
+    for slots in SLOTS:
+        cuts = [Cut(strips, slots) for strips in range(1, tiles + 1)]
+        fitting = [
+            cut for cut in cuts if plan(problem, cut, needs_rpb_grad, device).shared_bytes <= device.shared_memory
+        ]
+        if fitting:
+            return min(fitting, key=columns)
     return None
 
 
@@ -284,11 +290,11 @@ def plan(problem: Problem, cut: Cut, needs_rpb_grad: bool, device: DevicePropert
         arguments="HopperStripBackwardArguments",
         threads=THREADS,
     )
-    # HopperStripBackwardShared: row blocks, the output of one, statistics, the bias, lse and its gradient, barriers.
+    # HopperStripBackwardShared: row blocks, the output of one, statistics, the bias, barriers.
     tokens, token_bytes = box_columns * TILE, problem.head_dim * 2
     used = cut.slots * tokens * (4 * token_bytes + 8) + tokens * token_bytes
     used += 2 * PADDING + window_columns * (4 * window_rows - 1) * (2 * window_columns + 1) * 8
-    used += 4 * tokens + 3 * 8 * cut.slots
+    used += 8 + 3 * 8 * cut.slots
     # Behind: what is known of tiles, steps and columns.
     shared_bytes = -(-used // 16) * 16 + 128 * tiles + 256 * steps + 4 * (columns + window_columns - 1)
     return Plan(

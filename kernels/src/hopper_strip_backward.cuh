@@ -22,7 +22,7 @@ struct HopperStripBackward {
   using Position = RingPosition<Config::SLOTS>;
   static constexpr int D = Config::HEAD_DIM, N = Config::N, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, LEFT = Config::LEFT;
   static constexpr int K_STEPS = Config::K_STEPS, PAIRS = Config::ALL_PAIRS, OWN_PAIRS = Config::PAIRS, SUMS = Config::SUMS;
-  static constexpr int CONSUMERS = 1, QUERIES = 2;  // named barriers
+  static constexpr int CONSUMERS = 1, QUERIES = 2, MEASURED = 3;  // named barriers
   static constexpr int MEASURERS = 96;              // threads
 
   using Scores = float[N / 2];
@@ -56,7 +56,7 @@ struct HopperStripBackward {
       for (int block = 0; block <= args.steps; ++block, at.advance()) {
         const int row = block * TILE_SIDE - Config::ABOVE - args.lift;
         MemoryBarrier& full = shared.full[at.slot];
-        barrier_wait(shared.empty[at.slot], at.parity ^ 1);
+        barrier_sleep(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(full, Config::SLOT_BYTES);
         copy_box(shared.ring[at.slot][STRIP_GRAD_OUTPUT], args.grad_output, full, 0, row, column, head, walk.batch);
         copy_box(shared.ring[at.slot][STRIP_QUERY], args.query, full, 0, row, column, head, walk.batch);
@@ -66,56 +66,84 @@ struct HopperStripBackward {
     }
   }
 
-  // MEASURERS threads: the statistics of every row block. A thread reads the chunks that it copied itself; they are under way while it waits.
+  // One thread.
+  FASTNA_DEVICE void bring_output(const Walk& walk, int block) const {
+    barrier_expect(shared.output_full, Config::BLOCK_BYTES);
+    copy_box(shared.output, args.output, shared.output_full, 0, block * TILE_SIDE - Config::ABOVE - args.lift, walk.first_column(args.columns), head,
+             walk.batch);
+  }
+
+  // MEASURERS threads: the statistics of every row block. Delta is the diagonal of a product of 16 tokens' grad_output and output.
   FASTNA_DEVICE void measure() const {
-    constexpr int CHUNKS = Config::CHUNKS, STEP = MEASURERS / CHUNKS, PASSES = (Config::TOKENS + STEP - 1) / STEP;
-    const int thread = thread_index() - WARP, chunk = thread % CHUNKS, first = thread / CHUNKS;
-    const u32 output = shared_address(shared.output) + chunk * 16, lse = shared_address(shared.lse);
+    constexpr int ROUNDS = (Config::TOKENS + MEASURERS - 1) / MEASURERS;
+    const int thread = thread_index() - WARP, warp = warp_index() - 1, lane = lane_index(), g = lane >> 2;
+    Walk walk(member);
+    bool more = walk.find(args);
+    if (more && thread == 0) bring_output(walk, 0);
     Position at;
-    for (Walk walk(member); walk.find(args); walk.number += members) {
-      for (int block = 0; block <= args.steps; ++block, at.advance()) {
-        const int row0 = block * TILE_SIDE - Config::ABOVE - args.lift, column0 = walk.first_column(args.columns);
-        const auto inside = [&](int token) {
-          return static_cast<u32>(row0 + token % TILE_SIDE) < static_cast<u32>(args.rows) &&
-                 static_cast<u32>(column0 + token / TILE_SIDE) < static_cast<u32>(args.columns);
-        };
+    u32 parity = 0;
+    for (int block = 0; more; at.advance(), parity ^= 1) {
+      const auto index_of_token = [&](int token) {
+        const int row = block * TILE_SIDE - Config::ABOVE - args.lift + token % TILE_SIDE;
+        const int column = walk.first_column(args.columns) + token / TILE_SIDE;
+        const bool exists = static_cast<u32>(row) < static_cast<u32>(args.rows) && static_cast<u32>(column) < static_cast<u32>(args.columns);
+        return exists ? index_of(walk, row, column) : -1;
+      };
+      float lse[ROUNDS];
+      FASTNA_UNROLL
+      for (int i = 0; i < ROUNDS; ++i) {
+        const i64 index = index_of_token(thread + i * MEASURERS);
+        lse[i] = index < 0 ? infinity() : load_readonly(args.lse + index);  // no weight for a query that is none
+      }
+      float2* const statistics = shared.statistics[at.slot];
+      barrier_sleep(shared.full[at.slot], at.parity);
+      FASTNA_UNROLL
+      for (int i = 0; i < ROUNDS; ++i) {
+        const int token = thread + i * MEASURERS;
+        if (token < Config::TOKENS) statistics[token].x = lse[i] * LOG2_E;
+      }
+      barrier_sleep(shared.output_full, parity);
+      const int row = lane & 15, column = lane & 7;
+      const u32 grads = shared_address(shared.ring[at.slot][STRIP_GRAD_OUTPUT]) + row * ROW + (((lane >> 4) ^ swizzle(row)) << 4);
+      const u32 outputs = shared_address(shared.output) + column * ROW + (((lane >> 3) ^ swizzle(column)) << 4);
 #pragma unroll 1
-        for (int token = first; token < Config::TOKENS; token += STEP) {
-          const bool valid = inside(token);
-          const i64 index = valid ? index_of(walk, row0 + token % TILE_SIDE, column0 + token / TILE_SIDE) : 0;
-          copy_async<16>(output + token * ROW, static_cast<const T*>(args.output) + index * D + chunk * 8, valid);
-          if (chunk == 0) copy_async<4>(lse + token * 4, args.lse + index, valid);
-        }
-        commit_copies();
-        barrier_wait(shared.full[at.slot], at.parity);
-        wait_copies<0>();
+      for (int first = warp * 16; first < Config::TOKENS; first += MEASURERS / WARP * 16) {
+        float upper[4] = {}, lower[4] = {};
 #pragma unroll 1
-        for (int pass = 0; pass < PASSES; ++pass) {
-          const int token = pass * STEP + first;
-          float delta = 0.0f;
-          if (token < Config::TOKENS) {
-            const uint4 a = *reinterpret_cast<const uint4*>(shared.output + token * ROW + chunk * 16);
-            const uint4 b = *reinterpret_cast<const uint4*>(shared.ring[at.slot][STRIP_GRAD_OUTPUT] + token * ROW + (chunk ^ swizzle(token)) * 16);
-            delta = add_dot(a.x, b.x, add_dot(a.y, b.y, add_dot(a.z, b.z, add_dot(a.w, b.w, 0.0f))));
+        for (int k = 0; k < K_STEPS; k += 2) {
+          u32 a[2][4], b[2][4];
+          FASTNA_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            load_matrix_x4(a[i], (grads ^ ((k + i) << 5)) + first * ROW);
+            load_matrix_x4(b[i], (outputs ^ (k << 5)) + (first + i * 8) * ROW);
           }
           FASTNA_UNROLL
-          for (int distance = 1; distance < CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
-          if (chunk == 0 && token < Config::TOKENS) {
-            float2 result = {infinity(), 0.0f};  // no weight for a query that is none
-            if (inside(token)) {
-              if (args.grad_lse != nullptr) delta -= load_readonly(args.grad_lse + index_of(walk, row0 + token % TILE_SIDE, column0 + token / TILE_SIDE));
-              result = {shared.lse[token] * LOG2_E, delta};
-            }
-            shared.statistics[at.slot][token] = result;
+          for (int i = 0; i < 2; ++i) {
+            mma_m16n8k16<T>(upper, a[i], b[0][2 * i], b[0][2 * i + 1]);
+            mma_m16n8k16<T>(lower, a[i], b[1][2 * i], b[1][2 * i + 1]);
           }
         }
-        release(shared.ready[at.slot]);
+        if ((lane & 3) == g >> 1) {
+          statistics[first + g].y = g & 1 ? upper[1] : upper[0];
+          statistics[first + 8 + g].y = g & 1 ? lower[3] : lower[2];
+        }
       }
+      named_barrier(MEASURED, MEASURERS);
+      if (args.grad_lse != nullptr) {
+#pragma unroll 1
+        for (int token = thread; token < Config::TOKENS; token += MEASURERS) {
+          const i64 index = index_of_token(token);
+          if (index >= 0) statistics[token].y -= load_readonly(args.grad_lse + index);
+        }
+      }
+      release(shared.ready[at.slot]);
+      if (++block > args.steps) {
+        block = 0;
+        walk.number += members;
+        more = walk.find(args);
+      }
+      if (more && thread == 0) bring_output(walk, block);
     }
-  }
-  FASTNA_DEVICE static float add_dot(u32 a, u32 b, float sum) {
-    const float2 x = unpack2<T>(a), y = unpack2<T>(b);
-    return x.x * y.x + (x.y * y.y + sum);
   }
 
   // ---- What both warpgroups of consumers do
@@ -240,7 +268,8 @@ struct HopperStripBackward {
   struct QueryRows {
     const u8* biases[2];  // of either row block, for this lane
     float lse[2], delta[2];
-    bool shifted;  // see needed_pairs
+    int tables[2];
+    bool shifted;
   };
   // A warp's windows lie in OWN_PAIRS pairs of columns. Those of warp 0 begin with the first pair, or at the left border with the second;
   // those of other warps with the pair of their own number, or at the right border with the one before. `shifted`: the later one.
@@ -248,29 +277,28 @@ struct HopperStripBackward {
   // First distance key - query along columns that a warp sums up.
   static constexpr FASTNA_DEVICE int first_sum(int warp) { return 2 * (first_pair(warp) - warp) - LEFT - 1; }
 
-  template <int W, int BLOCK>
-  FASTNA_DEVICE void differentiate(const Scores& scores, const Scores& slopes, Packed& packed, float (&sums)[SUMS][4], const QueryRows& rows,
-                                   const int (&tables)[2]) const {
-    constexpr int FIRST = first_pair(W);
+  template <int W>
+  static constexpr FASTNA_DEVICE bool needs(int pair, bool shifted) {
+    constexpr int FIRST = first_pair(W), LAST = FIRST + OWN_PAIRS;
+    return pair >= FIRST && pair <= LAST && (pair != FIRST || !shifted) && (pair != LAST || shifted);
+  }
+  // Leaves what scores' gradients are in `slopes` too.
+  template <int W>
+  FASTNA_DEVICE void differentiate(const Scores& scores, Scores& slopes, Packed& packed, const u8* biases, const QueryRows& rows) const {
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-      const bool needed = p >= FIRST && p <= FIRST + OWN_PAIRS && (p != FIRST || !rows.shifted) && (p != FIRST + OWN_PAIRS || rows.shifted);
-      if (needed) {
+      if (needs<W>(p, rows.shifted)) {
         FASTNA_UNROLL
         for (int i = 0; i < 2; ++i) {
           FASTNA_UNROLL
           for (int h = 0; h < 2; ++h) {
             const int column = 2 * p + i, n = 4 * column + 2 * h;
-            const float2 bias = *reinterpret_cast<const float2*>(rows.biases[BLOCK] + tables[h] + Table::entry_offset(column - LEFT - 2 * W - h));
+            const float2 bias = *reinterpret_cast<const float2*>(biases + rows.tables[h] + Table::entry_offset(column - LEFT - 2 * W - h));
             const float p0 = exp2_approx(scores[n] * args.scale_log2 + (bias.x - rows.lse[h]));
             const float p1 = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
-            const float ds0 = p0 * (slopes[n] - rows.delta[h]), ds1 = p1 * (slopes[n + 1] - rows.delta[h]);
-            if constexpr (Config::RPB_GRADIENT) {
-              float* const sum = sums[column - 2 * FIRST + 1 - h];
-              sum[2 * BLOCK] += ds0;
-              sum[2 * BLOCK + 1] += ds1;
-            }
-            packed[2 * column + h] = pack2<T>(ds0, ds1);
+            slopes[n] = p0 * (slopes[n] - rows.delta[h]);
+            slopes[n + 1] = p1 * (slopes[n + 1] - rows.delta[h]);
+            packed[2 * column + h] = pack2<T>(slopes[n], slopes[n + 1]);
           }
         }
       } else {
@@ -279,24 +307,28 @@ struct HopperStripBackward {
       }
     }
   }
+  template <int W, int BLOCK>
+  FASTNA_DEVICE static void sum_up(const Scores& slopes, float (&sums)[SUMS][4], bool shifted) {
+    FASTNA_UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+      if (needs<W>(p, shifted)) {
+        FASTNA_UNROLL
+        for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][2 * BLOCK + i % 2] += slopes[8 * p + i];
+      }
+    }
+  }
+  template <int W>
+  FASTNA_DEVICE void differentiate_and_sum_up(const Scores& scores, Scores& slopes, Packed& packed, int block, const QueryRows& rows,
+                                              float (&sums)[SUMS][4]) const {
+    differentiate<W>(scores, slopes, packed, block == 0 ? rows.biases[0] : rows.biases[1], rows);
+    if constexpr (Config::RPB_GRADIENT) {
+      if (block == 0) sum_up<W, 0>(slopes, sums, rows.shifted);
+      else sum_up<W, 1>(slopes, sums, rows.shifted);
+    }
+  }
 
   using Queries = Own<STRIP_QUERY, STRIP_GRAD_OUTPUT>;
   using Keys = Own<STRIP_KEY, STRIP_VALUE>;
-
-  // What one of the two row blocks of keys adds to a tile's gradient.
-  template <int BLOCK>
-  FASTNA_DEVICE void query_block(int warp, Queries& own, const Operand& block, const QueryRows& rows, const int (&tables)[2], Scores& scores,
-                                 Scores& slopes, Packed& packed, Gradient& grad_query, float (&sums)[SUMS][4]) const {
-    own.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
-    if (warp == 0) differentiate<0, BLOCK>(scores, slopes, packed, sums, rows, tables);
-    else if (warp == 1) differentiate<1, BLOCK>(scores, slopes, packed, sums, rows, tables);
-    else if (warp == 2) differentiate<2, BLOCK>(scores, slopes, packed, sums, rows, tables);
-    else differentiate<3, BLOCK>(scores, slopes, packed, sums, rows, tables);
-    wgmma_fence();
-    add(grad_query, packed, block, STRIP_KEY);
-    wgmma_commit();
-    if constexpr (!Config::QUEUED) wgmma_wait<0>();
-  }
 
   FASTNA_DEVICE void queries() const {
     const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2;
@@ -316,7 +348,6 @@ struct HopperStripBackward {
       rows.biases[0] = shared.table + (both_lines & 0xffffu), rows.biases[1] = shared.table + (both_lines >> 16);
       const float2* statistics = shared.statistics[g + above < TILE_SIDE ? slots[0] : slots[1]] + (g + above & 7);
       const u32 left = left_address(slots, above);
-      const Operand blocks[2] = {operand(slots[0]), operand(slots[1])};
       const i64 target = index_of(walk, step * TILE_SIDE, 0) * D;
       const bool exists = row < args.rows;
 #pragma unroll 1
@@ -328,13 +359,24 @@ struct HopperStripBackward {
         const float2 of_first = statistics[own * TILE_SIDE], of_second = statistics[(own + 1) * TILE_SIDE];
         rows.lse[0] = flags & StripOwnColumns::FIRST ? of_first.x : infinity(), rows.delta[0] = of_first.y;
         rows.lse[1] = flags & StripOwnColumns::SECOND ? of_second.x : infinity(), rows.delta[1] = of_second.y;
+        rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
         rows.shifted = (flags & StripOwnColumns::SHIFTED) != 0;
         Gradient grad_query;
         FASTNA_UNROLL
         for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
-        query_block<0>(warp, tokens, {blocks[0].at(seen)}, rows, columns.tables, scores, slopes, packed, grad_query, sums);
-        query_block<1>(warp, tokens, {blocks[1].at(seen)}, rows, columns.tables, scores, slopes, packed, grad_query, sums);
-        wgmma_wait<0>();
+#pragma unroll 1
+        for (int b = 0; b < 2; ++b) {
+          const Operand block = {operand(b == 0 ? slots[0] : slots[1]).at(seen)};
+          tokens.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
+          if (warp == 0) differentiate_and_sum_up<0>(scores, slopes, packed, b, rows, sums);
+          else if (warp == 1) differentiate_and_sum_up<1>(scores, slopes, packed, b, rows, sums);
+          else if (warp == 2) differentiate_and_sum_up<2>(scores, slopes, packed, b, rows, sums);
+          else differentiate_and_sum_up<3>(scores, slopes, packed, b, rows, sums);
+          wgmma_fence();
+          add(grad_query, packed, block, STRIP_KEY);
+          wgmma_commit();
+          wgmma_wait<0>();
+        }
         store(grad_query, args.scale, static_cast<T*>(args.grad_query) + (target + column * args.heads * D) + lane_offset(), exists && (flags & StripOwnColumns::FIRST),
               exists && (flags & StripOwnColumns::SECOND));
       }
@@ -495,6 +537,7 @@ FASTNA_DEVICE void hopper_strip_backward(const HopperStripBackwardArguments& arg
   using Kernel = HopperStripBackward<Config>;
   auto& shared = *dynamic_shared<typename Kernel::Shared>();
   if (thread_index() == 0) {
+    barrier_init(shared.output_full, 1);
     for (int s = 0; s < Config::SLOTS; ++s) {
       barrier_init(shared.full[s], 1);
       barrier_init(shared.ready[s], Kernel::MEASURERS / WARP);  // one arrival per warp, here and below

@@ -13,9 +13,8 @@
 namespace fastna {
 
 struct HopperStripBackwardArguments {
-  TensorMap query, key, value, grad_output;  // boxes: a row block of one head; dimensions channel, row, column, head, batch
-  const void* output;                        // [batch, rows, columns, heads, head_dim], like all gradients
-  void *grad_query, *grad_key, *grad_value;
+  TensorMap query, key, value, output, grad_output;  // boxes: a row block of one head; dimensions channel, row, column, head, batch
+  void *grad_query, *grad_key, *grad_value;          // [batch, rows, columns, heads, head_dim]
   const float *lse, *grad_lse;  // [batch, rows, columns, heads]; the second may be null
   const void* rpb;              // [heads, 2 k_rows - 1, 2 k_columns - 1]
   float* grad_rpb;              // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
@@ -38,8 +37,7 @@ struct HopperStripBackwardConfig : StripShape<T, HEAD_DIM, WINDOW_ROWS, WINDOW_C
 
   static constexpr int TOKENS = Shape::BLOCK_COLUMNS * TILE_SIDE;  // of a row block
   static constexpr int SLOT_BYTES = STRIP_SLOT_TENSORS * Shape::BLOCK_BYTES;
-  // What registers allow: a warp holds its tokens of both tensors; queries' next scores are asked for while the last gradients are summed up.
-  static constexpr bool HOLDS_BOTH = HEAD_DIM == 32, QUEUED = HEAD_DIM == 32;
+  static constexpr bool HOLDS_BOTH = HEAD_DIM == 32;  // a warp has registers for its tokens of two tensors
   static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
   static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
   // Sums of the bias gradient that a lane of a warp of queries keeps, of each row block and of each of two key rows: key - query along columns.
@@ -111,10 +109,10 @@ struct HopperStripBackwardShared {
   using Table = StripMaskedTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS>;
 
   u8 ring[Config::SLOTS][STRIP_SLOT_TENSORS][Config::BLOCK_BYTES];
-  u8 output[Config::TOKENS * Config::ROW_BYTES];          // of the row block whose statistics come next
+  u8 output[Config::BLOCK_BYTES];                        // of the row block whose statistics come next
   float2 statistics[Config::SLOTS][Config::TOKENS];      // lse * log2(e), and delta = sum(grad_output * output) - grad_lse
   alignas(16) u8 table[Table::BYTES];
-  float lse[Config::TOKENS];
+  MemoryBarrier output_full;
   MemoryBarrier full[Config::SLOTS], ready[Config::SLOTS], empty[Config::SLOTS];  // operands are there; statistics too; nobody needs them
   // Behind, worked out once for all walks: StripOwnColumns [tiles][queries, keys][4 warps]; lines of the table, as two of 16 bits for both row
   // blocks, [steps][queries, keys][lanes]; and Table::table_offset per column of the map and of LEFT more on either side.
