@@ -214,20 +214,19 @@ struct HopperStripBackward {
     FASTNA_DEVICE explicit Own(u32 address_) : address(address_) {
       if constexpr (Config::HOLDS_BOTH) load_left(left[0], address, FIRST), load_left(left[1], address, SECOND);
     }
-    // scores = own first^T and slopes = own second^T, done when this returns.
+    // scores = own first^T and slopes = own second^T: asked for, a group each.
     FASTNA_DEVICE void multiply(Scores& scores, Scores& slopes, const Operand& columns, StripSlotTensor first, StripSlotTensor second) {
       if constexpr (!Config::HOLDS_BOTH) load_left(left[0], address, FIRST);
       wgmma_fence();
       multiply_transposed(scores, left[0], columns, tensor_offset(first));
+      wgmma_commit();
       if constexpr (!Config::HOLDS_BOTH) {
-        wgmma_commit();
         wgmma_wait<0>();
         load_left(left[0], address, SECOND);
-        wgmma_fence();
       }
+      wgmma_fence();
       multiply_transposed(slopes, left[Config::HOLDS_BOTH ? 1 : 0], columns, tensor_offset(second));
       wgmma_commit();
-      wgmma_wait<0>();
     }
   };
   // result = left columns^T
@@ -282,28 +281,47 @@ struct HopperStripBackward {
     constexpr int FIRST = first_pair(W), LAST = FIRST + OWN_PAIRS;
     return pair >= FIRST && pair <= LAST && (pair != FIRST || !shifted) && (pair != LAST || shifted);
   }
-  // Leaves what scores' gradients are in `slopes` too.
+  // Scores become weights ...
   template <int W>
-  FASTNA_DEVICE void differentiate(const Scores& scores, Scores& slopes, Packed& packed, const u8* biases, const QueryRows& rows) const {
+  FASTNA_DEVICE void weigh(Scores& scores, const u8* biases, const QueryRows& rows) const {
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-      if (needs<W>(p, rows.shifted)) {
+      if (!needs<W>(p, rows.shifted)) continue;
+      FASTNA_UNROLL
+      for (int i = 0; i < 2; ++i) {
         FASTNA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          FASTNA_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            const int column = 2 * p + i, n = 4 * column + 2 * h;
-            const float2 bias = *reinterpret_cast<const float2*>(biases + rows.tables[h] + Table::entry_offset(column - LEFT - 2 * W - h));
-            const float p0 = exp2_approx(scores[n] * args.scale_log2 + (bias.x - rows.lse[h]));
-            const float p1 = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
-            slopes[n] = p0 * (slopes[n] - rows.delta[h]);
-            slopes[n + 1] = p1 * (slopes[n + 1] - rows.delta[h]);
-            packed[2 * column + h] = pack2<T>(slopes[n], slopes[n + 1]);
-          }
+        for (int h = 0; h < 2; ++h) {
+          const int column = 2 * p + i, n = 4 * column + 2 * h;
+          const float2 bias = *reinterpret_cast<const float2*>(biases + rows.tables[h] + Table::entry_offset(column - LEFT - 2 * W - h));
+          scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.x - rows.lse[h]));
+          scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
         }
-      } else {
-        FASTNA_UNROLL
-        for (int i = 0; i < 4; ++i) packed[4 * p + i] = 0;
+      }
+    }
+  }
+  FASTNA_DEVICE void weigh(int warp, Scores& scores, int block, const QueryRows& rows) const {
+    const u8* biases = block == 0 ? rows.biases[0] : rows.biases[1];
+    if (warp == 0) weigh<0>(scores, biases, rows);
+    else if (warp == 1) weigh<1>(scores, biases, rows);
+    else if (warp == 2) weigh<2>(scores, biases, rows);
+    else weigh<3>(scores, biases, rows);
+  }
+  // ... and slopes what their gradients are, packed too.
+  template <int W>
+  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, const QueryRows& rows) {
+    FASTNA_UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+      const bool needed = needs<W>(p, rows.shifted);
+      FASTNA_UNROLL
+      for (int i = 4 * p; i < 4 * p + 4; ++i) {
+        if (needed) {
+          const int n = 2 * i, h = i % 2;
+          slopes[n] = weights[n] * (slopes[n] - rows.delta[h]);
+          slopes[n + 1] = weights[n + 1] * (slopes[n + 1] - rows.delta[h]);
+          packed[i] = pack2<T>(slopes[n], slopes[n + 1]);
+        } else {
+          packed[i] = 0;
+        }
       }
     }
   }
@@ -318,9 +336,8 @@ struct HopperStripBackward {
     }
   }
   template <int W>
-  FASTNA_DEVICE void differentiate_and_sum_up(const Scores& scores, Scores& slopes, Packed& packed, int block, const QueryRows& rows,
-                                              float (&sums)[SUMS][4]) const {
-    differentiate<W>(scores, slopes, packed, block == 0 ? rows.biases[0] : rows.biases[1], rows);
+  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, int block, const QueryRows& rows, float (&sums)[SUMS][4]) {
+    differentiate<W>(weights, slopes, packed, rows);
     if constexpr (Config::RPB_GRADIENT) {
       if (block == 0) sum_up<W, 0>(slopes, sums, rows.shifted);
       else sum_up<W, 1>(slopes, sums, rows.shifted);
@@ -368,10 +385,13 @@ struct HopperStripBackward {
         for (int b = 0; b < 2; ++b) {
           const Operand block = {operand(b == 0 ? slots[0] : slots[1]).at(seen)};
           tokens.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
-          if (warp == 0) differentiate_and_sum_up<0>(scores, slopes, packed, b, rows, sums);
-          else if (warp == 1) differentiate_and_sum_up<1>(scores, slopes, packed, b, rows, sums);
-          else if (warp == 2) differentiate_and_sum_up<2>(scores, slopes, packed, b, rows, sums);
-          else differentiate_and_sum_up<3>(scores, slopes, packed, b, rows, sums);
+          wgmma_wait<1>();
+          weigh(warp, scores, b, rows);
+          wgmma_wait<0>();
+          if (warp == 0) differentiate<0>(scores, slopes, packed, b, rows, sums);
+          else if (warp == 1) differentiate<1>(scores, slopes, packed, b, rows, sums);
+          else if (warp == 2) differentiate<2>(scores, slopes, packed, b, rows, sums);
+          else differentiate<3>(scores, slopes, packed, b, rows, sums);
           wgmma_fence();
           add(grad_query, packed, block, STRIP_KEY);
           wgmma_commit();
@@ -416,6 +436,53 @@ struct HopperStripBackward {
 
   // ---- Keys
 
+  // What is said of the queries that a row block's columns are.
+  struct QueryColumns {
+    const u8* biases;
+    const int* tables;         // per column
+    const float4* statistics;  // of two rows: lse, delta, lse, delta
+  };
+  // Of a pair of columns, scores become weights, packed too ...
+  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, Packed& packed, const QueryColumns& of) const {
+    const int2 tables = *reinterpret_cast<const int2*>(of.tables + 2 * p);
+    FASTNA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int c = 2 * p + i;
+      const float4 statistics = of.statistics[c * (TILE_SIDE / 2)];
+      const u8* entries = of.biases + (i == 0 ? tables.x : tables.y);
+      FASTNA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int n = 4 * c + 2 * h;
+        const float2 bias = *reinterpret_cast<const float2*>(entries + (h - c) * 8);
+        scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.y - statistics.x));
+        scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - statistics.z));
+        packed[2 * c + h] = pack2<T>(scores[n], scores[n + 1]);
+      }
+    }
+  }
+  // ... and slopes what scores' gradients are.
+  FASTNA_DEVICE static void differentiate_pair(int p, const Scores& weights, const Scores& slopes, Packed& packed, const QueryColumns& of) {
+    FASTNA_UNROLL
+    for (int c = 2 * p; c < 2 * p + 2; ++c) {
+      const float4 statistics = of.statistics[c * (TILE_SIDE / 2)];
+      FASTNA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const int n = 4 * c + 2 * h;
+        packed[2 * c + h] = pack2<T>(weights[n] * (slopes[n] - statistics.y), weights[n + 1] * (slopes[n + 1] - statistics.w));
+      }
+    }
+  }
+  // pair(p) for those that see the warp's keys, none(p) for the others.
+  template <class Pair, class None>
+  FASTNA_DEVICE static void for_pairs(u32 flags, const Pair& pair, const None& none) {
+    FASTNA_UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+      if (flags & (StripOwnColumns::PAIR << p)) pair(p);
+      else none(p);
+    }
+  }
+  FASTNA_DEVICE static void clear_pair(int p, Packed& packed) { packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = 0; }
+
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
 
@@ -445,34 +512,32 @@ struct HopperStripBackward {
           const int slot = b == 0 ? slots[0] : slots[1];
           const Operand block = {operand(slot).at(seen * COLUMN)};
           const float4* statistics = reinterpret_cast<const float4*>(shared.statistics[slot] + seen * TILE_SIDE) + q;
-          const u8* biases = table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16);
           tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
-          FASTNA_UNROLL
-          for (int p = 0; p < PAIRS; ++p) {
-            if (flags & (StripOwnColumns::PAIR << p)) {
-              const int2 tables_of_pair = *reinterpret_cast<const int2*>(tables + 2 * p);
-              FASTNA_UNROLL
-              for (int j = 0; j < 2; ++j) {
-                const int c = 2 * p + j;
-                const float4 of = statistics[c * (TILE_SIDE / 2)];
-                const u8* entries = biases + (j == 0 ? tables_of_pair.x : tables_of_pair.y);
-                FASTNA_UNROLL
-                for (int h = 0; h < 2; ++h) {
-                  const int n = 4 * c + 2 * h;
-                  const float2 bias = *reinterpret_cast<const float2*>(entries + (h - c) * 8);
-                  const float p0 = exp2_approx(scores[n] * args.scale_log2 + (bias.y - of.x));
-                  const float p1 = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - of.z));
-                  weights[2 * c + h] = pack2<T>(p0, p1);
-                  packed[2 * c + h] = pack2<T>(p0 * (slopes[n] - of.y), p1 * (slopes[n + 1] - of.w));
-                }
-              }
-            } else {
-              FASTNA_UNROLL
-              for (int j = 0; j < 4; ++j) weights[4 * p + j] = packed[4 * p + j] = 0;
-            }
+          const QueryColumns of = {table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables, statistics};
+          if constexpr (Config::HOLDS_BOTH) {
+            wgmma_wait<1>();
+            for_pairs(flags, [&](int p) { weigh_pair(p, scores, weights, of); }, [&](int p) { clear_pair(p, weights); });
+            wgmma_wait<0>();
+            wgmma_fence();
+            add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
+            wgmma_commit();
+            for_pairs(flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
+          } else {
+            // A pair at a time, whose registers then are free.
+            wgmma_wait<0>();
+            for_pairs(flags,
+                      [&](int p) {
+                        weigh_pair(p, scores, weights, of);
+                        differentiate_pair(p, scores, slopes, packed, of);
+                      },
+                      [&](int p) {
+                        clear_pair(p, weights);
+                        clear_pair(p, packed);
+                      });
+            wgmma_fence();
+            add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
           }
           wgmma_fence();
-          add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
           add(grad_key, packed, block, STRIP_QUERY);
           wgmma_commit();
           wgmma_wait<0>();
