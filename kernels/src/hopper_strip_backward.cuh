@@ -95,12 +95,12 @@ struct HopperStripBackward {
         const i64 index = index_of_token(thread + i * MEASURERS);
         lse[i] = index < 0 ? infinity() : load_readonly(args.lse + index);  // no weight for a query that is none
       }
-      float2* const statistics = shared.statistics[at.slot];
+      float* const delta = shared.delta[at.slot];
       barrier_sleep(shared.full[at.slot], at.parity);
       FASTNA_UNROLL
       for (int i = 0; i < ROUNDS; ++i) {
         const int token = thread + i * MEASURERS;
-        if (token < Config::TOKENS) statistics[token].x = lse[i] * LOG2_E;
+        if (token < Config::TOKENS) shared.lse[at.slot][token] = lse[i] * LOG2_E;
       }
       barrier_sleep(shared.output_full, parity);
       const int row = lane & 15, column = lane & 7;
@@ -124,8 +124,8 @@ struct HopperStripBackward {
           }
         }
         if ((lane & 3) == g >> 1) {
-          statistics[first + g].y = g & 1 ? upper[1] : upper[0];
-          statistics[first + 8 + g].y = g & 1 ? lower[3] : lower[2];
+          delta[first + g] = g & 1 ? upper[1] : upper[0];
+          delta[first + 8 + g] = g & 1 ? lower[3] : lower[2];
         }
       }
       named_barrier(MEASURED, MEASURERS);
@@ -133,7 +133,7 @@ struct HopperStripBackward {
 #pragma unroll 1
         for (int token = thread; token < Config::TOKENS; token += MEASURERS) {
           const i64 index = index_of_token(token);
-          if (index >= 0) statistics[token].y -= load_readonly(args.grad_lse + index);
+          if (index >= 0) delta[token] -= load_readonly(args.grad_lse + index);
         }
       }
       release(shared.ready[at.slot]);
@@ -363,7 +363,8 @@ struct HopperStripBackward {
       const u32 both_lines = lines(step, false)[lane];
       QueryRows rows;
       rows.biases[0] = shared.table + (both_lines & 0xffffu), rows.biases[1] = shared.table + (both_lines >> 16);
-      const float2* statistics = shared.statistics[g + above < TILE_SIDE ? slots[0] : slots[1]] + (g + above & 7);
+      const int own_slot = g + above < TILE_SIDE ? slots[0] : slots[1];
+      const float *lse = shared.lse[own_slot] + (g + above & 7), *delta = shared.delta[own_slot] + (g + above & 7);
       const u32 left = left_address(slots, above);
       const i64 target = index_of(walk, step * TILE_SIDE, 0) * D;
       const bool exists = row < args.rows;
@@ -373,9 +374,11 @@ struct HopperStripBackward {
         const int column = shuffle(columns.column, 0), own = column - first_column, seen = (own - LEFT - 2 * warp) * COLUMN;
         const u32 flags = shuffle(columns.flags, 0);
         Queries tokens(left + own * COLUMN);
-        const float2 of_first = statistics[own * TILE_SIDE], of_second = statistics[(own + 1) * TILE_SIDE];
-        rows.lse[0] = flags & StripOwnColumns::FIRST ? of_first.x : infinity(), rows.delta[0] = of_first.y;
-        rows.lse[1] = flags & StripOwnColumns::SECOND ? of_second.x : infinity(), rows.delta[1] = of_second.y;
+        FASTNA_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          rows.lse[h] = flags & (h == 0 ? StripOwnColumns::FIRST : StripOwnColumns::SECOND) ? lse[(own + h) * TILE_SIDE] : infinity();
+          rows.delta[h] = delta[(own + h) * TILE_SIDE];
+        }
         rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
         rows.shifted = (flags & StripOwnColumns::SHIFTED) != 0;
         Gradient grad_query;
@@ -439,8 +442,8 @@ struct HopperStripBackward {
   // What is said of the queries that a row block's columns are.
   struct QueryColumns {
     const u8* biases;
-    const int* tables;         // per column
-    const float4* statistics;  // of two rows: lse, delta, lse, delta
+    const int* tables;            // per column
+    const float2 *lses, *deltas;  // of two rows
   };
   // Of a pair of columns, scores become weights, packed too ...
   FASTNA_DEVICE void weigh_pair(int p, Scores& scores, Packed& packed, const QueryColumns& of) const {
@@ -448,14 +451,14 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int c = 2 * p + i;
-      const float4 statistics = of.statistics[c * (TILE_SIDE / 2)];
+      const float2 lse = of.lses[c * (TILE_SIDE / 2)];
       const u8* entries = of.biases + (i == 0 ? tables.x : tables.y);
       FASTNA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int n = 4 * c + 2 * h;
         const float2 bias = *reinterpret_cast<const float2*>(entries + (h - c) * 8);
-        scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.y - statistics.x));
-        scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - statistics.z));
+        scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.y - lse.x));
+        scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - lse.y));
         packed[2 * c + h] = pack2<T>(scores[n], scores[n + 1]);
       }
     }
@@ -464,21 +467,46 @@ struct HopperStripBackward {
   FASTNA_DEVICE static void differentiate_pair(int p, const Scores& weights, const Scores& slopes, Packed& packed, const QueryColumns& of) {
     FASTNA_UNROLL
     for (int c = 2 * p; c < 2 * p + 2; ++c) {
-      const float4 statistics = of.statistics[c * (TILE_SIDE / 2)];
+      const float2 delta = of.deltas[c * (TILE_SIDE / 2)];
       FASTNA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int n = 4 * c + 2 * h;
-        packed[2 * c + h] = pack2<T>(weights[n] * (slopes[n] - statistics.y), weights[n + 1] * (slopes[n + 1] - statistics.w));
+        packed[2 * c + h] = pack2<T>(weights[n] * (slopes[n] - delta.x), weights[n + 1] * (slopes[n + 1] - delta.y));
       }
     }
   }
-  // pair(p) for those that see the warp's keys, none(p) for the others.
+  // pair(p) for the OWN_PAIRS from the warp's own number on, side by side, and for others that `flags` name: near borders keys are seen from
+  // further away. What a query does not see is HIDDEN from it, so that one too many does no harm. none(p) for all others, before.
+  template <int W, class Pair, class None>
+  FASTNA_DEVICE static void for_own_pairs(const Pair& pair, const None& none) {
+    FASTNA_UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+      if (p < W || p >= W + OWN_PAIRS) none(p);
+    }
+    FASTNA_UNROLL
+    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p);
+  }
+  // The same, one pair after another: that takes fewer registers, and more time.
   template <class Pair, class None>
-  FASTNA_DEVICE static void for_pairs(u32 flags, const Pair& pair, const None& none) {
+  FASTNA_DEVICE static void for_pairs_in_turn(int warp, u32 flags, const Pair& pair, const None& none) {
+    flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
       if (flags & (StripOwnColumns::PAIR << p)) pair(p);
       else none(p);
+    }
+  }
+  template <class Pair, class None>
+  FASTNA_DEVICE static void for_pairs(int warp, u32 flags, const Pair& pair, const None& none) {
+    if (warp == 0) for_own_pairs<0>(pair, none);
+    else if (warp == 1) for_own_pairs<1>(pair, none);
+    else if (warp == 2) for_own_pairs<2>(pair, none);
+    else for_own_pairs<3>(pair, none);
+    if (flags >= StripOwnColumns::PAIR) {
+      FASTNA_UNROLL
+      for (int p = 0; p < PAIRS; ++p) {
+        if (flags & (StripOwnColumns::PAIR << p)) pair(p);
+      }
     }
   }
   FASTNA_DEVICE static void clear_pair(int p, Packed& packed) { packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = 0; }
@@ -503,7 +531,6 @@ struct HopperStripBackward {
         const int column = shuffle(columns.column, 0), own = column - first_column, seen = own - LEFT - 2 * warp;
         const u32 flags = shuffle(columns.flags, 0);
         const int* tables = table_offsets() + column - 2 * warp;
-        Keys tokens(left + own * COLUMN);
         Gradient grad_key, grad_value;
         FASTNA_UNROLL
         for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
@@ -511,29 +538,31 @@ struct HopperStripBackward {
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
           const Operand block = {operand(slot).at(seen * COLUMN)};
-          const float4* statistics = reinterpret_cast<const float4*>(shared.statistics[slot] + seen * TILE_SIDE) + q;
+          Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
           tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
-          const QueryColumns of = {table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables, statistics};
+          const QueryColumns of = {table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
+                                   reinterpret_cast<const float2*>(shared.lse[slot] + seen * TILE_SIDE) + q,
+                                   reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q};
           if constexpr (Config::HOLDS_BOTH) {
             wgmma_wait<1>();
-            for_pairs(flags, [&](int p) { weigh_pair(p, scores, weights, of); }, [&](int p) { clear_pair(p, weights); });
+            for_pairs(warp, flags, [&](int p) { weigh_pair(p, scores, weights, of); }, [&](int p) { clear_pair(p, weights); });
             wgmma_wait<0>();
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
             wgmma_commit();
-            for_pairs(flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
+            for_pairs(warp, flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
           } else {
-            // A pair at a time, whose registers then are free.
             wgmma_wait<0>();
-            for_pairs(flags,
-                      [&](int p) {
-                        weigh_pair(p, scores, weights, of);
-                        differentiate_pair(p, scores, slopes, packed, of);
-                      },
-                      [&](int p) {
-                        clear_pair(p, weights);
-                        clear_pair(p, packed);
-                      });
+            for_pairs_in_turn(
+                warp, flags,
+                [&](int p) {
+                  weigh_pair(p, scores, weights, of);
+                  differentiate_pair(p, scores, slopes, packed, of);
+                },
+                [&](int p) {
+                  clear_pair(p, weights);
+                  clear_pair(p, packed);
+                });
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
           }
@@ -588,10 +617,12 @@ struct HopperStripBackward {
     const int column = tile.first + 2 * warp;
     u32 flags = own_flags(tile, column);
     const int first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
-    if (first <= last) {  // pairs of columns with queries that see them
+    if (first <= last) {  // pairs of columns with queries that see them, beyond the warp's own
       const int begin = first < Config::WINDOW_COLUMNS ? 0 : first - LEFT;
       const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
-      for (int p = (begin - tile.first + LEFT) / 2; 2 * p < end - tile.first + LEFT; ++p) flags |= StripOwnColumns::PAIR << p;
+      for (int p = (begin - tile.first + LEFT) / 2; 2 * p < end - tile.first + LEFT; ++p) {
+        if (p < warp || p >= warp + OWN_PAIRS) flags |= StripOwnColumns::PAIR << p;
+      }
     }
     return {column, flags, {0, 0}};
   }

@@ -110,7 +110,8 @@ struct HopperStripBackwardShared {
 
   u8 ring[Config::SLOTS][STRIP_SLOT_TENSORS][Config::BLOCK_BYTES];
   u8 output[Config::BLOCK_BYTES];                        // of the row block whose statistics come next
-  float2 statistics[Config::SLOTS][Config::TOKENS];      // lse * log2(e), and delta = sum(grad_output * output) - grad_lse
+  float lse[Config::SLOTS][Config::TOKENS];              // times log2(e)
+  float delta[Config::SLOTS][Config::TOKENS];            // sum(grad_output * output) - grad_lse
   alignas(16) u8 table[Table::BYTES];
   MemoryBarrier output_full;
   MemoryBarrier full[Config::SLOTS], ready[Config::SLOTS], empty[Config::SLOTS];  // operands are there; statistics too; nobody needs them
@@ -122,7 +123,7 @@ struct HopperStripBackwardShared {
 struct alignas(16) StripOwnColumns {
   static constexpr u32 FIRST = 1, SECOND = 2, SHIFTED = 4, PAIR = 8;
   int column;     // the first, of the map
-  u32 flags;      // whether it sums up the first, and the second; of queries, see HopperStripBackward::differentiate; of keys, pairs that see them
+  u32 flags;      // whether it sums up the first, and the second; of queries, see HopperStripBackward::differentiate; of keys, further pairs
   int tables[2];  // of queries: Table::table_offset
 };
 
