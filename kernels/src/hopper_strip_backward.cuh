@@ -268,25 +268,26 @@ struct HopperStripBackward {
     const u8* biases[2];  // of either row block, for this lane
     float lse[2], delta[2];
     int tables[2];
-    bool shifted;
+    bool at_border;
   };
-  // A warp's windows lie in OWN_PAIRS pairs of columns. Those of warp 0 begin with the first pair, or at the left border with the second;
-  // those of other warps with the pair of their own number, or at the right border with the one before. `shifted`: the later one.
+  // A warp's windows lie in OWN_PAIRS pairs of columns, from that of its own number on. At the left border those of warp 0 reach one pair
+  // further, at the right border the last ones begin one pair earlier.
   static constexpr FASTNA_DEVICE int first_pair(int warp) { return warp == 0 ? 0 : warp - 1; }
+  static constexpr FASTNA_DEVICE int border_pair(int warp) { return warp == 0 ? OWN_PAIRS : warp - 1; }
+  // pair(p) for these, side by side, and for the further one at a border. What a query does not see is HIDDEN from it.
+  template <int W, class Pair>
+  FASTNA_DEVICE static void for_query_pairs(bool at_border, const Pair& pair) {
+    FASTNA_UNROLL
+    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p);
+    if (at_border) pair(border_pair(W));
+  }
   // First distance key - query along columns that a warp sums up.
   static constexpr FASTNA_DEVICE int first_sum(int warp) { return 2 * (first_pair(warp) - warp) - LEFT - 1; }
 
-  template <int W>
-  static constexpr FASTNA_DEVICE bool needs(int pair, bool shifted) {
-    constexpr int FIRST = first_pair(W), LAST = FIRST + OWN_PAIRS;
-    return pair >= FIRST && pair <= LAST && (pair != FIRST || !shifted) && (pair != LAST || shifted);
-  }
   // Scores become weights ...
   template <int W>
   FASTNA_DEVICE void weigh(Scores& scores, const u8* biases, const QueryRows& rows) const {
-    FASTNA_UNROLL
-    for (int p = 0; p < PAIRS; ++p) {
-      if (!needs<W>(p, rows.shifted)) continue;
+    for_query_pairs<W>(rows.at_border, [&](int p) {
       FASTNA_UNROLL
       for (int i = 0; i < 2; ++i) {
         FASTNA_UNROLL
@@ -297,7 +298,7 @@ struct HopperStripBackward {
           scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
         }
       }
-    }
+    });
   }
   FASTNA_DEVICE void weigh(int warp, Scores& scores, int block, const QueryRows& rows) const {
     const u8* biases = block == 0 ? rows.biases[0] : rows.biases[1];
@@ -306,43 +307,35 @@ struct HopperStripBackward {
     else if (warp == 2) weigh<2>(scores, biases, rows);
     else weigh<3>(scores, biases, rows);
   }
-  // ... and slopes what their gradients are, packed too.
+  // ... and slopes what scores' gradients are, packed too, and summed up for the bias.
   template <int W>
-  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, const QueryRows& rows) {
+  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, int block, const QueryRows& rows, float (&sums)[SUMS][4]) {
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-      const bool needed = needs<W>(p, rows.shifted);
+      if (p < W || p >= W + OWN_PAIRS) clear_pair(p, packed);
+    }
+    for_query_pairs<W>(rows.at_border, [&](int p) {
       FASTNA_UNROLL
       for (int i = 4 * p; i < 4 * p + 4; ++i) {
-        if (needed) {
-          const int n = 2 * i, h = i % 2;
-          slopes[n] = weights[n] * (slopes[n] - rows.delta[h]);
-          slopes[n + 1] = weights[n + 1] * (slopes[n + 1] - rows.delta[h]);
-          packed[i] = pack2<T>(slopes[n], slopes[n + 1]);
-        } else {
-          packed[i] = 0;
-        }
+        const int n = 2 * i, h = i % 2;
+        slopes[n] = weights[n] * (slopes[n] - rows.delta[h]);
+        slopes[n + 1] = weights[n + 1] * (slopes[n + 1] - rows.delta[h]);
+        packed[i] = pack2<T>(slopes[n], slopes[n + 1]);
       }
+    });
+    if constexpr (Config::RPB_GRADIENT) {
+      if (block == 0) sum_up<W, 0>(slopes, sums, rows.at_border);
+      else sum_up<W, 1>(slopes, sums, rows.at_border);
     }
   }
   template <int W, int BLOCK>
-  FASTNA_DEVICE static void sum_up(const Scores& slopes, float (&sums)[SUMS][4], bool shifted) {
-    FASTNA_UNROLL
-    for (int p = 0; p < PAIRS; ++p) {
-      if (needs<W>(p, shifted)) {
-        FASTNA_UNROLL
-        for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][2 * BLOCK + i % 2] += slopes[8 * p + i];
-      }
-    }
+  FASTNA_DEVICE static void sum_up(const Scores& slopes, float (&sums)[SUMS][4], bool at_border) {
+    for_query_pairs<W>(at_border, [&](int p) {
+      FASTNA_UNROLL
+      for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][2 * BLOCK + i % 2] += slopes[8 * p + i];
+    });
   }
-  template <int W>
-  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, int block, const QueryRows& rows, float (&sums)[SUMS][4]) {
-    differentiate<W>(weights, slopes, packed, rows);
-    if constexpr (Config::RPB_GRADIENT) {
-      if (block == 0) sum_up<W, 0>(slopes, sums, rows.shifted);
-      else sum_up<W, 1>(slopes, sums, rows.shifted);
-    }
-  }
+  FASTNA_DEVICE static void clear_pair(int p, Packed& packed) { packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = 0; }
 
   using Queries = Own<STRIP_QUERY, STRIP_GRAD_OUTPUT>;
   using Keys = Own<STRIP_KEY, STRIP_VALUE>;
@@ -380,7 +373,7 @@ struct HopperStripBackward {
           rows.delta[h] = delta[(own + h) * TILE_SIDE];
         }
         rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
-        rows.shifted = (flags & StripOwnColumns::SHIFTED) != 0;
+        rows.at_border = flags >= StripOwnColumns::PAIR;
         Gradient grad_query;
         FASTNA_UNROLL
         for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
@@ -509,7 +502,6 @@ struct HopperStripBackward {
       }
     }
   }
-  FASTNA_DEVICE static void clear_pair(int p, Packed& packed) { packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = 0; }
 
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
@@ -608,8 +600,8 @@ struct HopperStripBackward {
   FASTNA_DEVICE StripOwnColumns query_columns(int number, int warp) const {
     const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(number, args.tiles, args.columns);
     const int column = tile.first + 2 * warp;
-    const bool shifted = warp == 0 ? LEFT > 1 && column == 0 : LEFT == 1 || column < args.columns - 2;
-    return {column, own_flags(tile, column) | (shifted ? StripOwnColumns::SHIFTED : 0),
+    const bool at_border = LEFT > 1 && (warp == 0 ? column == 0 : column >= args.columns - 2);
+    return {column, own_flags(tile, column) | (at_border ? StripOwnColumns::PAIR << border_pair(warp) : 0),
             {Table::table_offset(column, args.columns), Table::table_offset(column + 1, args.columns)}};
   }
   FASTNA_DEVICE StripOwnColumns key_columns(int number, int warp) const {

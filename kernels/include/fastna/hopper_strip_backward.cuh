@@ -121,9 +121,9 @@ struct HopperStripBackwardShared {
 
 // A warp's two columns of a tile.
 struct alignas(16) StripOwnColumns {
-  static constexpr u32 FIRST = 1, SECOND = 2, SHIFTED = 4, PAIR = 8;
+  static constexpr u32 FIRST = 1, SECOND = 2, PAIR = 4;
   int column;     // the first, of the map
-  u32 flags;      // whether it sums up the first, and the second; of queries, see HopperStripBackward::differentiate; of keys, further pairs
+  u32 flags;      // whether it sums up the first, and the second; pairs of columns besides those that windows reach inside the map
   int tables[2];  // of queries: Table::table_offset
 };
 
