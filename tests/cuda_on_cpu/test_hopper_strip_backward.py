@@ -158,42 +158,36 @@ def test_gradients_that_tensor_copies_cannot_read_are_refused() -> None:
     assert "aligned" in reason
 
 
-PRODUCTS = (
-    "    multiply(slopes, own.left[Config::HOLDS_BOTH ? 1 : 0], second);\n    wgmma_commit();\n    wgmma_wait<0>();\n"
-)
+WEIGHED = "          weigh(warp, scores, b, rows);\n          wgmma_wait<0>();\n"
+ADDED = "          add(grad_query, packed, block, STRIP_KEY);\n          wgmma_commit();\n          wgmma_wait<0>();\n"
+WORK = "        work(walk, step, slots);\n"
+GIVE_BACK = "        release(shared.empty[slots[0]]);\n"
+CONSUMERS_MEET = "    named_barrier(CONSUMERS, 256);\n"
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "row blocks not waited for": [
-        (
-            "    barrier_wait(shared.full[at.slot], at.parity);\n    barrier_wait(shared.ready",
-            "    barrier_wait(shared.ready",
-        ),
-        ("        barrier_wait(shared.full[at.slot], at.parity);\n        wait_copies", "        wait_copies"),
+        ("    barrier_wait(shared.full[at.slot], at.parity);\n", ""),
+        ("      barrier_sleep(shared.full[at.slot], at.parity);\n", ""),
     ],
     "statistics not waited for": [("    barrier_wait(shared.ready[at.slot], at.parity);\n", "")],
-    "slots filled before they are free": [("        barrier_wait(shared.empty[at.slot], at.parity ^ 1);\n", "")],
-    "too few bytes expected": [
-        ("barrier_expect(full, Config::SLOT_BYTES)", "barrier_expect(full, Config::SLOT_BYTES - 16)")
-    ],
-    "output not waited for": [("        wait_copies<0>();\n", "")],
-    "slopes read while they are computed": [(PRODUCTS, PRODUCTS.replace("    wgmma_wait<0>();\n", ""))],
-    "gradients read while they are summed up": [
-        ("        wgmma_wait<0>();\n        store(grad_query", "        store(grad_query")
-    ],
-    "row blocks given back while they are multiplied": [
-        (
-            "        work(walk, step, slots);\n        release(shared.empty[slots[0]]);",
-            "        release(shared.empty[slots[0]]);\n        work(walk, step, slots);",
-        )
-    ],
+    "slots filled before they are free": [("        barrier_sleep(shared.empty[at.slot], at.parity ^ 1);\n", "")],
+    "too few bytes expected": [("(full, Config::SLOT_BYTES)", "(full, Config::SLOT_BYTES - 16)")],
+    "output not waited for": [("      barrier_sleep(shared.output_full, parity);\n", "")],
+    "output overwritten while it is read": [("      named_barrier(MEASURED, MEASURERS);\n", "")],
+    "scores read while they are computed": [("          wgmma_wait<1>();\n          weigh", "          weigh")],
+    "slopes read while they are computed": [(WEIGHED, WEIGHED.splitlines(keepends=True)[0])],
+    "gradients read while they are summed up": [(ADDED, ADDED.replace("          wgmma_wait<0>();\n", ""))],
+    "row blocks given back while they are multiplied": [(WORK + GIVE_BACK, GIVE_BACK + WORK)],
     "sums of the bias gradient where row blocks still are": [
         (
-            "    named_barrier(CONSUMERS, 256);\n    if constexpr (Config::RPB_GRADIENT) add_up",
+            CONSUMERS_MEET + "    if constexpr (Config::RPB_GRADIENT) add_up",
             "    if constexpr (Config::RPB_GRADIENT) add_up",
         ),
-        ("    });\n    named_barrier(CONSUMERS, 256);\n  }\n\n  // 256", "    });\n  }\n\n  // 256"),
+        ("    });\n" + CONSUMERS_MEET + "  }\n\n  // ---- Before", "    });\n  }\n\n  // ---- Before"),
     ],
     "sums of the bias gradient not waited for": [("    named_barrier(QUERIES, 128);\n", "")],
-    "no fence before a product": [("    wgmma_fence();\n    multiply(scores", "    multiply(scores")],
+    "no fence before a product": [
+        ("      wgmma_fence();\n      multiply_transposed(scores", "      multiply_transposed(scores")
+    ],
 }
 
 
