@@ -172,9 +172,9 @@ struct HopperStripBackward {
   FASTNA_DEVICE u32* lines(int step, bool keys) const { return reinterpret_cast<u32*>(own_columns(args.tiles, false)) + (step * 2 + keys) * WARP; }
   FASTNA_DEVICE int* table_offsets() const { return reinterpret_cast<int*>(lines(args.steps, false)); }
 
-  // The steps of all walks: work(walk, step, slots of the step's row blocks).
-  template <class Work>
-  FASTNA_DEVICE void walk_down(const Work& work) const {
+  // The steps of all walks: work(walk, step, slots of the step's row blocks). After the last of a walk, `finish` before its last row block goes.
+  template <class Work, class Finish>
+  FASTNA_DEVICE void walk_down(const Work& work, const Finish& finish) const {
     Position at;
     for (Walk walk(member); walk.find(args); walk.number += members) {
       wait(at);
@@ -187,6 +187,7 @@ struct HopperStripBackward {
         release(shared.empty[slots[0]]);
         slots[0] = slots[1];
       }
+      finish();
       release(shared.empty[slots[0]]);
       at.advance();
     }
@@ -239,10 +240,11 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int k = 0; k < PAIRS; ++k) Wgmma<D>::template product_transposed<T>(sum, factors + 4 * k, columns.at(tensor_offset(tensor) + k * 2 * COLUMN));
   }
-  // Writes the warp's 16 tokens times `factor` where wanted; `target` is the lane's place in the first.
+  // Writes the warp's 16 tokens times `factor` where wanted; `target` is the tile's first row of the first, `lane` a lane_offset from there.
   // Neighbouring lanes trade halves of two chunks, so that a store fills whole 32-byte sectors.
-  FASTNA_DEVICE void store(const Gradient& sum, float factor, T* target, bool first, bool second) const {
-    const bool odd = (lane_index() & 1) != 0;
+  FASTNA_DEVICE void store(const Gradient& sum, float factor, T* target, int lane, bool first, bool second) const {
+    const bool odd = (lane & 8) != 0;
+    target += lane;
     FASTNA_UNROLL
     for (int h = 0; h < 2; ++h) {
       FASTNA_UNROLL
@@ -265,7 +267,7 @@ struct HopperStripBackward {
   // ---- Queries
 
   struct QueryRows {
-    const u8* biases[2];  // of either row block, for this lane
+    u32 both_lines;  // of the table, for this lane: see lines
     float lse[2], delta[2];
     int tables[2];
     bool at_border;
@@ -301,7 +303,7 @@ struct HopperStripBackward {
     });
   }
   FASTNA_DEVICE void weigh(int warp, Scores& scores, int block, const QueryRows& rows) const {
-    const u8* biases = block == 0 ? rows.biases[0] : rows.biases[1];
+    const u8* biases = shared.table + (block == 0 ? rows.both_lines & 0xffffu : rows.both_lines >> 16);
     if (warp == 0) weigh<0>(scores, biases, rows);
     else if (warp == 1) weigh<1>(scores, biases, rows);
     else if (warp == 2) weigh<2>(scores, biases, rows);
@@ -335,67 +337,107 @@ struct HopperStripBackward {
       for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][2 * BLOCK + i % 2] += slopes[8 * p + i];
     });
   }
-  FASTNA_DEVICE static void clear_pair(int p, Packed& packed) { packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = 0; }
+  FASTNA_DEVICE static void clear_pair(int p, Packed& packed) {
+    u32 zero = 0;
+    keep(zero);
+    packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = zero;
+  }
 
   using Queries = Own<STRIP_QUERY, STRIP_GRAD_OUTPUT>;
   using Keys = Own<STRIP_KEY, STRIP_VALUE>;
 
+  FASTNA_DEVICE void store_query(const Gradient& sum, i64 target, int row, u32 flags) const {
+    const bool exists = row + (lane_index() >> 2) < args.rows;
+    store(sum, args.scale, static_cast<T*>(args.grad_query) + target, lane_offset(), exists && (flags & StripOwnColumns::FIRST),
+          exists && (flags & StripOwnColumns::SECOND));
+  }
+
+  // With QUEUED, what a row block adds to a tile's gradient is summed up while the next scores are computed and weighed: the gradient is done
+  // only during the next tile. The first row block of a walk adds to nobody's.
   FASTNA_DEVICE void queries() const {
-    const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2;
+    const int warp = warp_index() & 3;
     const int above = Config::ABOVE + args.lift;
     float sums[SUMS][4];
     FASTNA_UNROLL
     for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
 
-    Scores scores, slopes;
     Packed packed;
     FASTNA_UNROLL
-    for (int i = 0; i < N / 2; ++i) scores[i] = slopes[i] = 0.0f;
+    for (int i = 0; i < N / 4; ++i) packed[i] = 0;
+    Gradient grad_query;
+    FASTNA_UNROLL
+    for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
+    Operand last_block = operand(0);
+    i64 last_target = 0;
+    int last_row = 0;
+    u32 last_flags = 0;
+    bool pending = false;
+    const auto sum_up_last = [&] {
+      wgmma_fence();
+      add(grad_query, packed, last_block, STRIP_KEY);
+      wgmma_commit();
+    };
+    const auto finish_last = [&] {
+      store_query(grad_query, last_target, last_row, last_flags);
+      FASTNA_UNROLL
+      for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
+    };
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
-      const int row = step * TILE_SIDE + g, first_column = walk.first_column(args.columns);
-      const u32 both_lines = lines(step, false)[lane];
+      const int first_column = walk.first_column(args.columns);
       QueryRows rows;
-      rows.biases[0] = shared.table + (both_lines & 0xffffu), rows.biases[1] = shared.table + (both_lines >> 16);
-      const int own_slot = g + above < TILE_SIDE ? slots[0] : slots[1];
-      const float *lse = shared.lse[own_slot] + (g + above & 7), *delta = shared.delta[own_slot] + (g + above & 7);
-      const u32 left = left_address(slots, above);
+      rows.both_lines = lines(step, false)[lane_index()];
       const i64 target = index_of(walk, step * TILE_SIDE, 0) * D;
-      const bool exists = row < args.rows;
+      if (!pending) last_block = operand(slots[0]);
+      pending = true;
 #pragma unroll 1
       for (int i = 0; i < walk.tiles; ++i) {
-        const StripOwnColumns columns = own_columns(walk.first_tile + i, false)[warp];
+        const StripOwnColumns& columns = own_columns(walk.first_tile + i, false)[warp];
         const int column = shuffle(columns.column, 0), own = column - first_column, seen = (own - LEFT - 2 * warp) * COLUMN;
         const u32 flags = shuffle(columns.flags, 0);
-        Queries tokens(left + own * COLUMN);
+        int row = lane_index() >> 2;
+        keep(row);  // as in left_address
+        row += above;
+        const int statistics = (row < TILE_SIDE ? slots[0] : slots[1]) * Config::TOKENS + own * TILE_SIDE + (row & 7);
+        const float *lse = shared.lse[0] + statistics, *delta = shared.delta[0] + statistics;
+        const u32 left = left_address(slots, above) + own * COLUMN;
         FASTNA_UNROLL
         for (int h = 0; h < 2; ++h) {
-          rows.lse[h] = flags & (h == 0 ? StripOwnColumns::FIRST : StripOwnColumns::SECOND) ? lse[(own + h) * TILE_SIDE] : infinity();
-          rows.delta[h] = delta[(own + h) * TILE_SIDE];
+          rows.lse[h] = flags & (h == 0 ? StripOwnColumns::FIRST : StripOwnColumns::SECOND) ? lse[h * TILE_SIDE] : infinity();
         }
-        rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
         rows.at_border = flags >= StripOwnColumns::PAIR;
-        Gradient grad_query;
-        FASTNA_UNROLL
-        for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const Operand block = {operand(b == 0 ? slots[0] : slots[1]).at(seen)};
+          Scores scores, slopes;
+          Queries tokens(left);  // anew for every row block: registers are short
           tokens.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
-          wgmma_wait<1>();
+          if constexpr (Config::QUEUED) sum_up_last();
+          rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
+          wgmma_wait<Config::QUEUED ? 2 : 1>();
           weigh(warp, scores, b, rows);
           wgmma_wait<0>();
+          rows.delta[0] = delta[0], rows.delta[1] = delta[TILE_SIDE];
           if (warp == 0) differentiate<0>(scores, slopes, packed, b, rows, sums);
           else if (warp == 1) differentiate<1>(scores, slopes, packed, b, rows, sums);
           else if (warp == 2) differentiate<2>(scores, slopes, packed, b, rows, sums);
           else differentiate<3>(scores, slopes, packed, b, rows, sums);
-          wgmma_fence();
-          add(grad_query, packed, block, STRIP_KEY);
-          wgmma_commit();
-          wgmma_wait<0>();
+          if (Config::QUEUED && b == 0) finish_last();
+          last_block = block;
+          if constexpr (!Config::QUEUED) {
+            sum_up_last();
+            wgmma_wait<0>();
+          }
         }
-        store(grad_query, args.scale, static_cast<T*>(args.grad_query) + (target + column * args.heads * D) + lane_offset(), exists && (flags & StripOwnColumns::FIRST),
-              exists && (flags & StripOwnColumns::SECOND));
+        last_target = target + column * args.heads * D, last_row = step * TILE_SIDE, last_flags = flags;
+        if constexpr (!Config::QUEUED) finish_last();
       }
+    }, [&] {
+      if constexpr (Config::QUEUED) {
+        sum_up_last();
+        wgmma_wait<0>();
+        finish_last();
+      }
+      last_flags = 0, pending = false;
     });
     named_barrier(CONSUMERS, 256);
     if constexpr (Config::RPB_GRADIENT) add_up(sums, warp, above);
@@ -506,10 +548,6 @@ struct HopperStripBackward {
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
 
-    Scores scores, slopes;
-    Packed weights, packed;
-    FASTNA_UNROLL
-    for (int i = 0; i < N / 2; ++i) scores[i] = slopes[i] = 0.0f;
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
       const int row = step * TILE_SIDE - args.lift + g, first_column = walk.first_column(args.columns);
       const u32 both_lines = lines(step, true)[lane];
@@ -530,6 +568,8 @@ struct HopperStripBackward {
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
           const Operand block = {operand(slot).at(seen * COLUMN)};
+          Scores scores, slopes;
+          Packed weights, packed;
           Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
           tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
           const QueryColumns of = {table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
@@ -563,12 +603,12 @@ struct HopperStripBackward {
           wgmma_commit();
           wgmma_wait<0>();
         }
-        const i64 offset = target + column * args.heads * D + lane_offset();
+        const i64 offset = target + column * args.heads * D;
         const bool first = exists && (flags & StripOwnColumns::FIRST), second = exists && (flags & StripOwnColumns::SECOND);
-        store(grad_key, args.scale, static_cast<T*>(args.grad_key) + offset, first, second);
-        store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + offset, first, second);
+        store(grad_key, args.scale, static_cast<T*>(args.grad_key) + offset, lane_offset(), first, second);
+        store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + offset, lane_offset(), first, second);
       }
-    });
+    }, [] {});
     named_barrier(CONSUMERS, 256);
   }
 

@@ -159,7 +159,7 @@ def test_gradients_that_tensor_copies_cannot_read_are_refused() -> None:
 
 
 WEIGHED = "          weigh(warp, scores, b, rows);\n          wgmma_wait<0>();\n"
-ADDED = "          add(grad_query, packed, block, STRIP_KEY);\n          wgmma_commit();\n          wgmma_wait<0>();\n"
+FINISHED = "        sum_up_last();\n        wgmma_wait<0>();\n        finish_last();\n"
 WORK = "        work(walk, step, slots);\n"
 GIVE_BACK = "        release(shared.empty[slots[0]]);\n"
 CONSUMERS_MEET = "    named_barrier(CONSUMERS, 256);\n"
@@ -173,9 +173,9 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "too few bytes expected": [("(full, Config::SLOT_BYTES)", "(full, Config::SLOT_BYTES - 16)")],
     "output not waited for": [("      barrier_sleep(shared.output_full, parity);\n", "")],
     "output overwritten while it is read": [("      named_barrier(MEASURED, MEASURERS);\n", "")],
-    "scores read while they are computed": [("          wgmma_wait<1>();\n          weigh", "          weigh")],
+    "scores read while they are computed": [("          wgmma_wait<Config::QUEUED ? 2 : 1>();\n", "")],
     "slopes read while they are computed": [(WEIGHED, WEIGHED.splitlines(keepends=True)[0])],
-    "gradients read while they are summed up": [(ADDED, ADDED.replace("          wgmma_wait<0>();\n", ""))],
+    "gradients read while they are summed up": [(FINISHED, FINISHED.replace("        wgmma_wait<0>();\n", ""))],
     "row blocks given back while they are multiplied": [(WORK + GIVE_BACK, GIVE_BACK + WORK)],
     "sums of the bias gradient where row blocks still are": [
         (

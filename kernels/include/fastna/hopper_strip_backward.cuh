@@ -37,7 +37,8 @@ struct HopperStripBackwardConfig : StripShape<T, HEAD_DIM, WINDOW_ROWS, WINDOW_C
 
   static constexpr int TOKENS = Shape::BLOCK_COLUMNS * TILE_SIDE;  // of a row block
   static constexpr int SLOT_BYTES = STRIP_SLOT_TENSORS * Shape::BLOCK_BYTES;
-  static constexpr bool HOLDS_BOTH = HEAD_DIM == 32;  // a warp has registers for its tokens of two tensors
+  // What registers allow: a warp holds its tokens of two tensors; a product of queries waits for the next scores.
+  static constexpr bool HOLDS_BOTH = HEAD_DIM == 32, QUEUED = HEAD_DIM == 32;
   static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
   static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
   // Sums of the bias gradient that a lane of a warp of queries keeps, of each row block and of each of two key rows: key - query along columns.
