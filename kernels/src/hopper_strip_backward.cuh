@@ -270,7 +270,7 @@ struct HopperStripBackward {
     u32 both_lines;  // of the table, for this lane: see lines
     float lse[2], delta[2];
     int tables[2];
-    bool at_border;
+    bool at_border, idle;  // idle: another tile sums up both columns
   };
   // A warp's windows lie in OWN_PAIRS pairs of columns, from that of its own number on. At the left border those of warp 0 reach one pair
   // further, at the right border the last ones begin one pair earlier.
@@ -304,6 +304,7 @@ struct HopperStripBackward {
   }
   FASTNA_DEVICE void weigh(int warp, Scores& scores, int block, const QueryRows& rows) const {
     const u8* biases = shared.table + (block == 0 ? rows.both_lines & 0xffffu : rows.both_lines >> 16);
+    if (rows.idle) return;
     if (warp == 0) weigh<0>(scores, biases, rows);
     else if (warp == 1) weigh<1>(scores, biases, rows);
     else if (warp == 2) weigh<2>(scores, biases, rows);
@@ -405,6 +406,7 @@ struct HopperStripBackward {
           rows.lse[h] = flags & (h == 0 ? StripOwnColumns::FIRST : StripOwnColumns::SECOND) ? lse[h * TILE_SIDE] : infinity();
         }
         rows.at_border = flags >= StripOwnColumns::PAIR;
+        rows.idle = !(flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND));
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const Operand block = {operand(b == 0 ? slots[0] : slots[1]).at(seen)};
@@ -417,7 +419,10 @@ struct HopperStripBackward {
           weigh(warp, scores, b, rows);
           wgmma_wait<0>();
           rows.delta[0] = delta[0], rows.delta[1] = delta[TILE_SIDE];
-          if (warp == 0) differentiate<0>(scores, slopes, packed, b, rows, sums);
+          if (rows.idle) {
+            FASTNA_UNROLL
+            for (int p = 0; p < PAIRS; ++p) clear_pair(p, packed);
+          } else if (warp == 0) differentiate<0>(scores, slopes, packed, b, rows, sums);
           else if (warp == 1) differentiate<1>(scores, slopes, packed, b, rows, sums);
           else if (warp == 2) differentiate<2>(scores, slopes, packed, b, rows, sums);
           else differentiate<3>(scores, slopes, packed, b, rows, sums);
@@ -480,8 +485,8 @@ struct HopperStripBackward {
     const int* tables;            // per column
     const float2 *lses, *deltas;  // of two rows
   };
-  // Of a pair of columns, scores become weights, packed too ...
-  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, Packed& packed, const QueryColumns& of) const {
+  // Of a pair of columns, scores become weights ...
+  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, const QueryColumns& of) const {
     const int2 tables = *reinterpret_cast<const int2*>(of.tables + 2 * p);
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -494,9 +499,13 @@ struct HopperStripBackward {
         const float2 bias = *reinterpret_cast<const float2*>(entries + (h - c) * 8);
         scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.y - lse.x));
         scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - lse.y));
-        packed[2 * c + h] = pack2<T>(scores[n], scores[n + 1]);
       }
     }
+  }
+  // ... which are packed ...
+  FASTNA_DEVICE static void pack_pair(int p, const Scores& weights, Packed& packed) {
+    FASTNA_UNROLL
+    for (int i = 4 * p; i < 4 * p + 4; ++i) packed[i] = pack2<T>(weights[2 * i], weights[2 * i + 1]);
   }
   // ... and slopes what scores' gradients are.
   FASTNA_DEVICE static void differentiate_pair(int p, const Scores& weights, const Scores& slopes, Packed& packed, const QueryColumns& of) {
@@ -533,7 +542,10 @@ struct HopperStripBackward {
   }
   template <class Pair, class None>
   FASTNA_DEVICE static void for_pairs(int warp, u32 flags, const Pair& pair, const None& none) {
-    if (warp == 0) for_own_pairs<0>(pair, none);
+    if (!(flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND))) {  // another tile sums them up
+      FASTNA_UNROLL
+      for (int p = 0; p < PAIRS; ++p) none(p);
+    } else if (warp == 0) for_own_pairs<0>(pair, none);
     else if (warp == 1) for_own_pairs<1>(pair, none);
     else if (warp == 2) for_own_pairs<2>(pair, none);
     else for_own_pairs<3>(pair, none);
@@ -545,50 +557,79 @@ struct HopperStripBackward {
     }
   }
 
+  // With QUEUED as in queries, for the gradient of the keys; that of the values is summed up while factors of the other are worked out.
   FASTNA_DEVICE void keys() const {
-    const int warp = warp_index() & 3, lane = lane_index(), g = lane >> 2, q = lane & 3;
+    const int warp = warp_index() & 3, q = lane_index() & 3;
 
+    Gradient grad_key, grad_value;
+    Packed packed;
+    FASTNA_UNROLL
+    for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
+    FASTNA_UNROLL
+    for (int i = 0; i < N / 4; ++i) packed[i] = 0;
+    Operand last_block = operand(0);
+    i64 last_target = 0;
+    int last_row = 0;
+    u32 last_flags = 0;
+    bool pending = false;
+    const auto sum_up_last = [&] {
+      wgmma_fence();
+      add(grad_key, packed, last_block, STRIP_QUERY);
+      wgmma_commit();
+    };
+    const auto finish_last = [&] {
+      const bool exists = static_cast<u32>(last_row + (lane_index() >> 2)) < static_cast<u32>(args.rows);
+      const bool first = exists && (last_flags & StripOwnColumns::FIRST), second = exists && (last_flags & StripOwnColumns::SECOND);
+      store(grad_key, args.scale, static_cast<T*>(args.grad_key) + last_target, lane_offset(), first, second);
+      store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + last_target, lane_offset(), first, second);
+      FASTNA_UNROLL
+      for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
+    };
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
-      const int row = step * TILE_SIDE - args.lift + g, first_column = walk.first_column(args.columns);
-      const u32 both_lines = lines(step, true)[lane];
+      const int row = step * TILE_SIDE - args.lift, first_column = walk.first_column(args.columns);
+      const u32 both_lines = lines(step, true)[lane_index()];
       const u8* const table = shared.table + Table::entry_offset(LEFT + 2 * warp);
       const u32 left = left_address(slots, Config::ABOVE);
-      const i64 target = index_of(walk, step * TILE_SIDE - args.lift, 0) * D;
-      const bool exists = static_cast<u32>(row) < static_cast<u32>(args.rows);
+      const i64 target = index_of(walk, row, 0) * D;
+      if (!pending) last_block = operand(slots[0]);
+      pending = true;
 #pragma unroll 1
       for (int i = 0; i < walk.tiles; ++i) {
         const StripOwnColumns columns = own_columns(walk.first_tile + i, true)[warp];
         const int column = shuffle(columns.column, 0), own = column - first_column, seen = own - LEFT - 2 * warp;
         const u32 flags = shuffle(columns.flags, 0);
         const int* tables = table_offsets() + column - 2 * warp;
-        Gradient grad_key, grad_value;
-        FASTNA_UNROLL
-        for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
           const Operand block = {operand(slot).at(seen * COLUMN)};
-          Scores scores, slopes;
-          Packed weights, packed;
-          Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
-          tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
           const QueryColumns of = {table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
                                    reinterpret_cast<const float2*>(shared.lse[slot] + seen * TILE_SIDE) + q,
                                    reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q};
-          if constexpr (Config::HOLDS_BOTH) {
-            wgmma_wait<1>();
-            for_pairs(warp, flags, [&](int p) { weigh_pair(p, scores, weights, of); }, [&](int p) { clear_pair(p, weights); });
+          Scores scores, slopes;
+          Packed weights;
+          Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
+          tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
+          if constexpr (Config::QUEUED) {
+            sum_up_last();
+            wgmma_wait<2>();
+            for_pairs(warp, flags, [&](int p) { weigh_pair(p, scores, of); }, [](int) {});
             wgmma_wait<0>();
+            for_pairs(warp, flags, [&](int p) { pack_pair(p, scores, weights); }, [&](int p) { clear_pair(p, weights); });
+            if (b == 0) finish_last();
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
             wgmma_commit();
             for_pairs(warp, flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
+            last_block = block;
+            wgmma_wait<0>();
           } else {
             wgmma_wait<0>();
             for_pairs_in_turn(
                 warp, flags,
                 [&](int p) {
-                  weigh_pair(p, scores, weights, of);
+                  weigh_pair(p, scores, of);
+                  pack_pair(p, scores, weights);
                   differentiate_pair(p, scores, slopes, packed, of);
                 },
                 [&](int p) {
@@ -597,18 +638,22 @@ struct HopperStripBackward {
                 });
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
+            last_block = block;
+            sum_up_last();
+            wgmma_wait<0>();
           }
-          wgmma_fence();
-          add(grad_key, packed, block, STRIP_QUERY);
-          wgmma_commit();
-          wgmma_wait<0>();
         }
-        const i64 offset = target + column * args.heads * D;
-        const bool first = exists && (flags & StripOwnColumns::FIRST), second = exists && (flags & StripOwnColumns::SECOND);
-        store(grad_key, args.scale, static_cast<T*>(args.grad_key) + offset, lane_offset(), first, second);
-        store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + offset, lane_offset(), first, second);
+        last_target = target + column * args.heads * D, last_row = row, last_flags = flags;
+        if constexpr (!Config::QUEUED) finish_last();
       }
-    }, [] {});
+    }, [&] {
+      if constexpr (Config::QUEUED) {
+        sum_up_last();
+        wgmma_wait<0>();
+        finish_last();
+      }
+      last_flags = 0, pending = false;
+    });
     named_barrier(CONSUMERS, 256);
   }
 

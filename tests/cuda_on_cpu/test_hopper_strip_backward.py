@@ -159,7 +159,13 @@ def test_gradients_that_tensor_copies_cannot_read_are_refused() -> None:
 
 
 WEIGHED = "          weigh(warp, scores, b, rows);\n          wgmma_wait<0>();\n"
-FINISHED = "        sum_up_last();\n        wgmma_wait<0>();\n        finish_last();\n"
+FINISHED = """        wgmma_wait<0>();
+        finish_last();
+      }
+      last_flags = 0, pending = false;
+    });
+    named_barrier(CONSUMERS, 256);
+    if constexpr (Config::RPB_GRADIENT) add_up"""
 WORK = "        work(walk, step, slots);\n"
 GIVE_BACK = "        release(shared.empty[slots[0]]);\n"
 CONSUMERS_MEET = "    named_barrier(CONSUMERS, 256);\n"
@@ -175,7 +181,7 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "output overwritten while it is read": [("      named_barrier(MEASURED, MEASURERS);\n", "")],
     "scores read while they are computed": [("          wgmma_wait<Config::QUEUED ? 2 : 1>();\n", "")],
     "slopes read while they are computed": [(WEIGHED, WEIGHED.splitlines(keepends=True)[0])],
-    "gradients read while they are summed up": [(FINISHED, FINISHED.replace("        wgmma_wait<0>();\n", ""))],
+    "gradients read while they are summed up": [(FINISHED, FINISHED[FINISHED.index("        finish") :])],
     "row blocks given back while they are multiplied": [(WORK + GIVE_BACK, GIVE_BACK + WORK)],
     "sums of the bias gradient where row blocks still are": [
         (
