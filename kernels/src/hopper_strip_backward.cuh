@@ -533,7 +533,7 @@ struct HopperStripBackward {
   // The same, one pair after another: that takes fewer registers, and more time.
   template <class Pair, class None>
   FASTNA_DEVICE static void for_pairs_in_turn(int warp, u32 flags, const Pair& pair, const None& none) {
-    flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
+    if (flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND)) flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
       if (flags & (StripOwnColumns::PAIR << p)) pair(p);
@@ -624,20 +624,14 @@ struct HopperStripBackward {
             last_block = block;
             wgmma_wait<0>();
           } else {
+            wgmma_wait<1>();
+            for_pairs(warp, flags, [&](int p) { weigh_pair(p, scores, of); }, [](int) {});
             wgmma_wait<0>();
-            for_pairs_in_turn(
-                warp, flags,
-                [&](int p) {
-                  weigh_pair(p, scores, of);
-                  pack_pair(p, scores, weights);
-                  differentiate_pair(p, scores, slopes, packed, of);
-                },
-                [&](int p) {
-                  clear_pair(p, weights);
-                  clear_pair(p, packed);
-                });
+            for_pairs_in_turn(warp, flags, [&](int p) { pack_pair(p, scores, weights); }, [&](int p) { clear_pair(p, weights); });
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
+            wgmma_commit();
+            for_pairs_in_turn(warp, flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
             last_block = block;
             sum_up_last();
             wgmma_wait<0>();
