@@ -481,22 +481,34 @@ struct HopperStripBackward {
 
   // What is said of the queries that a row block's columns are.
   struct QueryColumns {
-    const u8* biases;
+    int line;                     // of the table, for this lane
     const int* tables;            // per column
     const float2 *lses, *deltas;  // of two rows
+    int own[2 * OWN_PAIRS];       // entries of the columns of the warp's own pairs: found before they are wanted
+
+    FASTNA_DEVICE int2 entries(int pair) const {
+      const int2 offsets = *reinterpret_cast<const int2*>(tables + 2 * pair);
+      return {line + offsets.x, line + offsets.y};
+    }
+    FASTNA_DEVICE void find_own(int warp) {
+      FASTNA_UNROLL
+      for (int i = 0; i < OWN_PAIRS; ++i) {
+        const int2 found = entries(warp + i);
+        own[2 * i] = found.x, own[2 * i + 1] = found.y;
+      }
+    }
   };
   // Of a pair of columns, scores become weights ...
-  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, const QueryColumns& of) const {
-    const int2 tables = *reinterpret_cast<const int2*>(of.tables + 2 * p);
+  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, const QueryColumns& of, int2 entries) const {
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int c = 2 * p + i;
       const float2 lse = of.lses[c * (TILE_SIDE / 2)];
-      const u8* entries = of.biases + (i == 0 ? tables.x : tables.y);
+      const u8* entry = shared.table + (i == 0 ? entries.x : entries.y);
       FASTNA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int n = 4 * c + 2 * h;
-        const float2 bias = *reinterpret_cast<const float2*>(entries + (h - c) * 8);
+        const float2 bias = *reinterpret_cast<const float2*>(entry + (h - c) * 8);
         scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.y - lse.x));
         scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.x - lse.y));
       }
@@ -519,8 +531,8 @@ struct HopperStripBackward {
       }
     }
   }
-  // pair(p) for the OWN_PAIRS from the warp's own number on, side by side, and for others that `flags` name: near borders keys are seen from
-  // further away. What a query does not see is HIDDEN from it, so that one too many does no harm. none(p) for all others, before.
+  // pair(p, its index) for the OWN_PAIRS from the warp's own number on, side by side, and other(p, 0) for those that `flags` name: near borders
+  // keys are seen from further away. What a query does not see is HIDDEN from it, so that one too many does no harm. none(p) for all others, before.
   template <int W, class Pair, class None>
   FASTNA_DEVICE static void for_own_pairs(const Pair& pair, const None& none) {
     FASTNA_UNROLL
@@ -528,7 +540,7 @@ struct HopperStripBackward {
       if (p < W || p >= W + OWN_PAIRS) none(p);
     }
     FASTNA_UNROLL
-    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p);
+    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p, p - W);
   }
   // The same, one pair after another: that takes fewer registers, and more time.
   template <class Pair, class None>
@@ -536,12 +548,12 @@ struct HopperStripBackward {
     if (flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND)) flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-      if (flags & (StripOwnColumns::PAIR << p)) pair(p);
+      if (flags & (StripOwnColumns::PAIR << p)) pair(p, 0);
       else none(p);
     }
   }
-  template <class Pair, class None>
-  FASTNA_DEVICE static void for_pairs(int warp, u32 flags, const Pair& pair, const None& none) {
+  template <class Pair, class Other, class None>
+  FASTNA_DEVICE static void for_pairs(int warp, u32 flags, const Pair& pair, const Other& other, const None& none) {
     if (!(flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND))) {  // another tile sums them up
       FASTNA_UNROLL
       for (int p = 0; p < PAIRS; ++p) none(p);
@@ -552,7 +564,7 @@ struct HopperStripBackward {
     if (flags >= StripOwnColumns::PAIR) {
       FASTNA_UNROLL
       for (int p = 0; p < PAIRS; ++p) {
-        if (flags & (StripOwnColumns::PAIR << p)) pair(p);
+        if (flags & (StripOwnColumns::PAIR << p)) other(p, 0);
       }
     }
   }
@@ -588,7 +600,7 @@ struct HopperStripBackward {
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
       const int row = step * TILE_SIDE - args.lift, first_column = walk.first_column(args.columns);
       const u32 both_lines = lines(step, true)[lane_index()];
-      const u8* const table = shared.table + Table::entry_offset(LEFT + 2 * warp);
+      const int entry = Table::entry_offset(LEFT + 2 * warp);
       const u32 left = left_address(slots, Config::ABOVE);
       const i64 target = index_of(walk, row, 0) * D;
       if (!pending) last_block = operand(slots[0]);
@@ -603,35 +615,41 @@ struct HopperStripBackward {
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
           const Operand block = {operand(slot).at(seen * COLUMN)};
-          const QueryColumns of = {table + (b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
-                                   reinterpret_cast<const float2*>(shared.lse[slot] + seen * TILE_SIDE) + q,
-                                   reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q};
+          QueryColumns of = {entry + static_cast<int>(b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
+                             reinterpret_cast<const float2*>(shared.lse[slot] + seen * TILE_SIDE) + q,
+                             reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q, {}};
           Scores scores, slopes;
           Packed weights;
+          const auto weigh_own = [&](int p, int index) { weigh_pair(p, scores, of, {of.own[2 * index], of.own[2 * index + 1]}); };
+          const auto weigh_other = [&](int p, int) { weigh_pair(p, scores, of, of.entries(p)); };
+          const auto pack = [&](int p, int) { pack_pair(p, scores, weights); };
+          const auto differentiate = [&](int p, int) { differentiate_pair(p, scores, slopes, packed, of); };
           Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
           tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
           if constexpr (Config::QUEUED) {
             sum_up_last();
+            of.find_own(warp);
             wgmma_wait<2>();
-            for_pairs(warp, flags, [&](int p) { weigh_pair(p, scores, of); }, [](int) {});
+            for_pairs(warp, flags, weigh_own, weigh_other, [](int) {});
             wgmma_wait<0>();
-            for_pairs(warp, flags, [&](int p) { pack_pair(p, scores, weights); }, [&](int p) { clear_pair(p, weights); });
+            for_pairs(warp, flags, pack, pack, [&](int p) { clear_pair(p, weights); });
             if (b == 0) finish_last();
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
             wgmma_commit();
-            for_pairs(warp, flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
+            for_pairs(warp, flags, differentiate, differentiate, [&](int p) { clear_pair(p, packed); });
             last_block = block;
             wgmma_wait<0>();
           } else {
+            of.find_own(warp);
             wgmma_wait<1>();
-            for_pairs(warp, flags, [&](int p) { weigh_pair(p, scores, of); }, [](int) {});
+            for_pairs(warp, flags, weigh_own, weigh_other, [](int) {});
             wgmma_wait<0>();
-            for_pairs_in_turn(warp, flags, [&](int p) { pack_pair(p, scores, weights); }, [&](int p) { clear_pair(p, weights); });
+            for_pairs_in_turn(warp, flags, pack, [&](int p) { clear_pair(p, weights); });
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
             wgmma_commit();
-            for_pairs_in_turn(warp, flags, [&](int p) { differentiate_pair(p, scores, slopes, packed, of); }, [&](int p) { clear_pair(p, packed); });
+            for_pairs_in_turn(warp, flags, differentiate, [&](int p) { clear_pair(p, packed); });
             last_block = block;
             sum_up_last();
             wgmma_wait<0>();
