@@ -484,27 +484,15 @@ struct HopperStripBackward {
     int line;                     // of the table, for this lane
     const int* tables;            // per column
     const float2 *lses, *deltas;  // of two rows
-    int own[2 * OWN_PAIRS];       // entries of the columns of the warp's own pairs: found before they are wanted
-
-    FASTNA_DEVICE int2 entries(int pair) const {
-      const int2 offsets = *reinterpret_cast<const int2*>(tables + 2 * pair);
-      return {line + offsets.x, line + offsets.y};
-    }
-    FASTNA_DEVICE void find_own(int warp) {
-      FASTNA_UNROLL
-      for (int i = 0; i < OWN_PAIRS; ++i) {
-        const int2 found = entries(warp + i);
-        own[2 * i] = found.x, own[2 * i + 1] = found.y;
-      }
-    }
   };
   // Of a pair of columns, scores become weights ...
-  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, const QueryColumns& of, int2 entries) const {
+  FASTNA_DEVICE void weigh_pair(int p, Scores& scores, const QueryColumns& of) const {
+    const int2 offsets = *reinterpret_cast<const int2*>(of.tables + 2 * p);
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const int c = 2 * p + i;
       const float2 lse = of.lses[c * (TILE_SIDE / 2)];
-      const u8* entry = shared.table + (i == 0 ? entries.x : entries.y);
+      const u8* entry = shared.table + of.line + (i == 0 ? offsets.x : offsets.y);
       FASTNA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int n = 4 * c + 2 * h;
@@ -531,41 +519,14 @@ struct HopperStripBackward {
       }
     }
   }
-  // pair(p, its index) for the OWN_PAIRS from the warp's own number on, side by side, and other(p, 0) for those that `flags` name: near borders
-  // keys are seen from further away. What a query does not see is HIDDEN from it, so that one too many does no harm. none(p) for all others, before.
-  template <int W, class Pair, class None>
-  FASTNA_DEVICE static void for_own_pairs(const Pair& pair, const None& none) {
-    FASTNA_UNROLL
-    for (int p = 0; p < PAIRS; ++p) {
-      if (p < W || p >= W + OWN_PAIRS) none(p);
-    }
-    FASTNA_UNROLL
-    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p, p - W);
-  }
-  // The same, one pair after another: that takes fewer registers, and more time.
+  // pair(p) for those that `flags` name, one after another; none(p) for the others. Variants by warp, as queries have, would let pairs go side by
+  // side, but all the code that an SM runs must stay below some 40 KB: beyond, it waits for instructions most of the time (measured: twice as long).
   template <class Pair, class None>
-  FASTNA_DEVICE static void for_pairs_in_turn(int warp, u32 flags, const Pair& pair, const None& none) {
-    if (flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND)) flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
+  FASTNA_DEVICE static void for_pairs(u32 flags, const Pair& pair, const None& none) {
     FASTNA_UNROLL
     for (int p = 0; p < PAIRS; ++p) {
-      if (flags & (StripOwnColumns::PAIR << p)) pair(p, 0);
+      if (flags & (StripOwnColumns::PAIR << p)) pair(p);
       else none(p);
-    }
-  }
-  template <class Pair, class Other, class None>
-  FASTNA_DEVICE static void for_pairs(int warp, u32 flags, const Pair& pair, const Other& other, const None& none) {
-    if (!(flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND))) {  // another tile sums them up
-      FASTNA_UNROLL
-      for (int p = 0; p < PAIRS; ++p) none(p);
-    } else if (warp == 0) for_own_pairs<0>(pair, none);
-    else if (warp == 1) for_own_pairs<1>(pair, none);
-    else if (warp == 2) for_own_pairs<2>(pair, none);
-    else for_own_pairs<3>(pair, none);
-    if (flags >= StripOwnColumns::PAIR) {
-      FASTNA_UNROLL
-      for (int p = 0; p < PAIRS; ++p) {
-        if (flags & (StripOwnColumns::PAIR << p)) other(p, 0);
-      }
     }
   }
 
@@ -615,41 +576,38 @@ struct HopperStripBackward {
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
           const Operand block = {operand(slot).at(seen * COLUMN)};
-          QueryColumns of = {entry + static_cast<int>(b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
+          const QueryColumns of = {entry + static_cast<int>(b == 0 ? both_lines & 0xffffu : both_lines >> 16), tables,
                              reinterpret_cast<const float2*>(shared.lse[slot] + seen * TILE_SIDE) + q,
-                             reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q, {}};
+                             reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q};
           Scores scores, slopes;
           Packed weights;
-          const auto weigh_own = [&](int p, int index) { weigh_pair(p, scores, of, {of.own[2 * index], of.own[2 * index + 1]}); };
-          const auto weigh_other = [&](int p, int) { weigh_pair(p, scores, of, of.entries(p)); };
-          const auto pack = [&](int p, int) { pack_pair(p, scores, weights); };
-          const auto differentiate = [&](int p, int) { differentiate_pair(p, scores, slopes, packed, of); };
+          const auto weigh = [&](int p) { weigh_pair(p, scores, of); };
+          const auto pack = [&](int p) { pack_pair(p, scores, weights); };
+          const auto differentiate = [&](int p) { differentiate_pair(p, scores, slopes, packed, of); };
           Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
           tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
           if constexpr (Config::QUEUED) {
             sum_up_last();
-            of.find_own(warp);
             wgmma_wait<2>();
-            for_pairs(warp, flags, weigh_own, weigh_other, [](int) {});
+            for_pairs(flags, weigh, [](int) {});
             wgmma_wait<0>();
-            for_pairs(warp, flags, pack, pack, [&](int p) { clear_pair(p, weights); });
+            for_pairs(flags, pack, [&](int p) { clear_pair(p, weights); });
             if (b == 0) finish_last();
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
             wgmma_commit();
-            for_pairs(warp, flags, differentiate, differentiate, [&](int p) { clear_pair(p, packed); });
+            for_pairs(flags, differentiate, [&](int p) { clear_pair(p, packed); });
             last_block = block;
             wgmma_wait<0>();
           } else {
-            of.find_own(warp);
             wgmma_wait<1>();
-            for_pairs(warp, flags, weigh_own, weigh_other, [](int) {});
+            for_pairs(flags, weigh, [](int) {});
             wgmma_wait<0>();
-            for_pairs_in_turn(warp, flags, pack, [&](int p) { clear_pair(p, weights); });
+            for_pairs(flags, pack, [&](int p) { clear_pair(p, weights); });
             wgmma_fence();
             add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
             wgmma_commit();
-            for_pairs_in_turn(warp, flags, differentiate, [&](int p) { clear_pair(p, packed); });
+            for_pairs(flags, differentiate, [&](int p) { clear_pair(p, packed); });
             last_block = block;
             sum_up_last();
             wgmma_wait<0>();
@@ -706,12 +664,10 @@ struct HopperStripBackward {
     const int column = tile.first + 2 * warp;
     u32 flags = own_flags(tile, column);
     const int first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
-    if (first <= last) {  // pairs of columns with queries that see them, beyond the warp's own
+    if (first <= last) {  // pairs of columns with queries that see them
       const int begin = first < Config::WINDOW_COLUMNS ? 0 : first - LEFT;
       const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
-      for (int p = (begin - tile.first + LEFT) / 2; 2 * p < end - tile.first + LEFT; ++p) {
-        if (p < warp || p >= warp + OWN_PAIRS) flags |= StripOwnColumns::PAIR << p;
-      }
+      for (int p = (begin - tile.first + LEFT) / 2; 2 * p < end - tile.first + LEFT; ++p) flags |= StripOwnColumns::PAIR << p;
     }
     return {column, flags, {0, 0}};
   }

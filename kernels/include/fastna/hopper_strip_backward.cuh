@@ -124,7 +124,7 @@ struct HopperStripBackwardShared {
 struct alignas(16) StripOwnColumns {
   static constexpr u32 FIRST = 1, SECOND = 2, PAIR = 4;
   int column;     // the first, of the map
-  u32 flags;      // whether it sums up the first, and the second; pairs of columns besides those that windows reach inside the map
+  u32 flags;      // whether it sums up the first, and the second; of keys, pairs of columns that see them; of queries, the further pair at a border
   int tables[2];  // of queries: Table::table_offset
 };
 
