@@ -35,15 +35,15 @@ struct HopperStripBackward {
   int head, member, members;  // of the blocks of this head
 
   FASTNA_DEVICE HopperStripBackward(const HopperStripBackwardArguments& args_, Shared& shared_) : args(args_), shared(shared_) {
-    int block = static_cast<int>(block_index());
+    u32 block = block_index(), heads = args.heads;
     keep(block);
-    head = block % args.heads, member = block / args.heads;
-    members = static_cast<int>(block_count()) / args.heads;
+    member = static_cast<int>(block / heads), head = static_cast<int>(block - member * heads);
+    members = static_cast<int>(block_count() / heads);
   }
 
   // Of a token and the head in [batch, rows, columns, heads].
   FASTNA_DEVICE i64 index_of(const Walk& walk, int row, int column) const {
-    return ((static_cast<i64>(walk.batch) * args.rows + row) * args.columns + column) * args.heads + head;
+    return static_cast<i64>(walk.batch) * (args.rows * args.columns * args.heads) + ((row * args.columns + column) * args.heads + head);
   }
 
   // ---- What brings row blocks
@@ -264,60 +264,50 @@ struct HopperStripBackward {
     return (lane >> 2) * args.columns * args.heads * D + (lane & 1) * 8 + (lane & 2) * 2;
   }
 
+  // pair(p) for those that `flags` name, one after another; none(p) for the others. Variants by warp, as queries have, would let pairs go side by
+  // side, but all the code that an SM runs must stay below some 40 KB: beyond, it waits for instructions most of the time (measured: twice as long).
+  template <class Pair, class None>
+  FASTNA_DEVICE static void for_pairs(u32 flags, const Pair& pair, const None& none) {
+    FASTNA_UNROLL
+    for (int p = 0; p < PAIRS; ++p) {
+      if (flags & (StripOwnColumns::PAIR << p)) pair(p);
+      else none(p);
+    }
+  }
+
   // ---- Queries
 
   struct QueryRows {
     u32 both_lines;  // of the table, for this lane: see lines
     float lse[2], delta[2];
     int tables[2];
-    bool at_border, idle;  // idle: another tile sums up both columns
+    u32 flags;
+    FASTNA_DEVICE bool is(u32 flag) const { return (flags & flag) != 0; }
   };
   // A warp's windows lie in OWN_PAIRS pairs of columns, from that of its own number on. At the left border those of warp 0 reach one pair
   // further, at the right border the last ones begin one pair earlier.
   static constexpr FASTNA_DEVICE int first_pair(int warp) { return warp == 0 ? 0 : warp - 1; }
   static constexpr FASTNA_DEVICE int border_pair(int warp) { return warp == 0 ? OWN_PAIRS : warp - 1; }
-  // pair(p) for these, side by side, and for the further one at a border. What a query does not see is HIDDEN from it.
-  template <int W, class Pair>
-  FASTNA_DEVICE static void for_query_pairs(bool at_border, const Pair& pair) {
-    FASTNA_UNROLL
-    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p);
-    if (at_border) pair(border_pair(W));
-  }
   // First distance key - query along columns that a warp sums up.
   static constexpr FASTNA_DEVICE int first_sum(int warp) { return 2 * (first_pair(warp) - warp) - LEFT - 1; }
 
   // Scores become weights ...
-  template <int W>
-  FASTNA_DEVICE void weigh(Scores& scores, const u8* biases, const QueryRows& rows) const {
-    for_query_pairs<W>(rows.at_border, [&](int p) {
-      FASTNA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        FASTNA_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int column = 2 * p + i, n = 4 * column + 2 * h;
-          const float2 bias = *reinterpret_cast<const float2*>(biases + rows.tables[h] + Table::entry_offset(column - LEFT - 2 * W - h));
-          scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.x - rows.lse[h]));
-          scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
-        }
-      }
-    });
-  }
   FASTNA_DEVICE void weigh(int warp, Scores& scores, int block, const QueryRows& rows) const {
-    const u8* biases = shared.table + (block == 0 ? rows.both_lines & 0xffffu : rows.both_lines >> 16);
-    if (rows.idle) return;
-    if (warp == 0) weigh<0>(scores, biases, rows);
-    else if (warp == 1) weigh<1>(scores, biases, rows);
-    else if (warp == 2) weigh<2>(scores, biases, rows);
-    else weigh<3>(scores, biases, rows);
+    const int line = static_cast<int>(block == 0 ? rows.both_lines & 0xffffu : rows.both_lines >> 16) + Table::entry_offset(-LEFT - 2 * warp);
+    const u8* const entries[2] = {shared.table + line + rows.tables[0], shared.table + line + rows.tables[1]};
+    for_pairs(rows.flags, [&](int p) {
+      FASTNA_UNROLL
+      for (int i = 4 * p; i < 4 * p + 4; ++i) {
+        const int n = 2 * i, h = i % 2;
+        const float2 bias = *reinterpret_cast<const float2*>(entries[h] + (i / 2 - h) * 8);
+        scores[n] = exp2_approx(scores[n] * args.scale_log2 + (bias.x - rows.lse[h]));
+        scores[n + 1] = exp2_approx(scores[n + 1] * args.scale_log2 + (bias.y - rows.lse[h]));
+      }
+    }, [](int) {});
   }
-  // ... and slopes what scores' gradients are, packed too, and summed up for the bias.
-  template <int W>
-  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, int block, const QueryRows& rows, float (&sums)[SUMS][4]) {
-    FASTNA_UNROLL
-    for (int p = 0; p < PAIRS; ++p) {
-      if (p < W || p >= W + OWN_PAIRS) clear_pair(p, packed);
-    }
-    for_query_pairs<W>(rows.at_border, [&](int p) {
+  // ... slopes what scores' gradients are, packed too ...
+  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, const QueryRows& rows) {
+    for_pairs(rows.flags, [&](int p) {
       FASTNA_UNROLL
       for (int i = 4 * p; i < 4 * p + 4; ++i) {
         const int n = 2 * i, h = i % 2;
@@ -325,18 +315,18 @@ struct HopperStripBackward {
         slopes[n + 1] = weights[n + 1] * (slopes[n + 1] - rows.delta[h]);
         packed[i] = pack2<T>(slopes[n], slopes[n + 1]);
       }
-    });
-    if constexpr (Config::RPB_GRADIENT) {
-      if (block == 0) sum_up<W, 0>(slopes, sums, rows.at_border);
-      else sum_up<W, 1>(slopes, sums, rows.at_border);
-    }
+    }, [&](int p) { clear_pair(p, packed); });
   }
-  template <int W, int BLOCK>
-  FASTNA_DEVICE static void sum_up(const Scores& slopes, float (&sums)[SUMS][4], bool at_border) {
-    for_query_pairs<W>(at_border, [&](int p) {
+  // ... and these are summed up for the bias. The sums' order is that of distances: the only code that differs by warp.
+  template <int W>
+  FASTNA_DEVICE static void sum_up(const Scores& slopes, float (&sums)[SUMS][2], bool at_border) {
+    const auto pair = [&](int p) {
       FASTNA_UNROLL
-      for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][2 * BLOCK + i % 2] += slopes[8 * p + i];
-    });
+      for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][i % 2] += slopes[8 * p + i];
+    };
+    FASTNA_UNROLL
+    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p);
+    if (at_border) pair(border_pair(W));
   }
   FASTNA_DEVICE static void clear_pair(int p, Packed& packed) {
     u32 zero = 0;
@@ -358,9 +348,9 @@ struct HopperStripBackward {
   FASTNA_DEVICE void queries() const {
     const int warp = warp_index() & 3;
     const int above = Config::ABOVE + args.lift;
-    float sums[SUMS][4];
+    float sums[SUMS][2], other_sums[SUMS][2];  // of this row block, and of the other one: they change places after every block
     FASTNA_UNROLL
-    for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
+    for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = other_sums[i][0] = other_sums[i][1] = 0.0f;
 
     Packed packed;
     FASTNA_UNROLL
@@ -400,18 +390,16 @@ struct HopperStripBackward {
         row += above;
         const int statistics = (row < TILE_SIDE ? slots[0] : slots[1]) * Config::TOKENS + own * TILE_SIDE + (row & 7);
         const float *lse = shared.lse[0] + statistics, *delta = shared.delta[0] + statistics;
-        const u32 left = left_address(slots, above) + own * COLUMN;
         FASTNA_UNROLL
         for (int h = 0; h < 2; ++h) {
           rows.lse[h] = flags & (h == 0 ? StripOwnColumns::FIRST : StripOwnColumns::SECOND) ? lse[h * TILE_SIDE] : infinity();
         }
-        rows.at_border = flags >= StripOwnColumns::PAIR;
-        rows.idle = !(flags & (StripOwnColumns::FIRST | StripOwnColumns::SECOND));
+        rows.flags = flags;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const Operand block = {operand(b == 0 ? slots[0] : slots[1]).at(seen)};
           Scores scores, slopes;
-          Queries tokens(left);  // anew for every row block: registers are short
+          Queries tokens(left_address(slots, above) + own * COLUMN);  // anew for every row block: registers are short
           tokens.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
           if constexpr (Config::QUEUED) sum_up_last();
           rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
@@ -419,13 +407,24 @@ struct HopperStripBackward {
           weigh(warp, scores, b, rows);
           wgmma_wait<0>();
           rows.delta[0] = delta[0], rows.delta[1] = delta[TILE_SIDE];
-          if (rows.idle) {
+          differentiate(scores, slopes, packed, rows);
+          if constexpr (Config::RPB_GRADIENT) {
+            if (rows.is(StripOwnColumns::FIRST | StripOwnColumns::SECOND)) {
+              const bool at_border = rows.is(StripOwnColumns::AT_BORDER);
+              if (warp == 0) sum_up<0>(slopes, sums, at_border);
+              else if (warp == 1) sum_up<1>(slopes, sums, at_border);
+              else if (warp == 2) sum_up<2>(slopes, sums, at_border);
+              else sum_up<3>(slopes, sums, at_border);
+            }
             FASTNA_UNROLL
-            for (int p = 0; p < PAIRS; ++p) clear_pair(p, packed);
-          } else if (warp == 0) differentiate<0>(scores, slopes, packed, b, rows, sums);
-          else if (warp == 1) differentiate<1>(scores, slopes, packed, b, rows, sums);
-          else if (warp == 2) differentiate<2>(scores, slopes, packed, b, rows, sums);
-          else differentiate<3>(scores, slopes, packed, b, rows, sums);
+            for (int n = 0; n < SUMS; ++n) {
+              FASTNA_UNROLL
+              for (int e = 0; e < 2; ++e) {
+                const float other = other_sums[n][e];
+                other_sums[n][e] = sums[n][e], sums[n][e] = other;
+              }
+            }
+          }
           if (Config::QUEUED && b == 0) finish_last();
           last_block = block;
           if constexpr (!Config::QUEUED) {
@@ -445,17 +444,17 @@ struct HopperStripBackward {
       last_flags = 0, pending = false;
     });
     named_barrier(CONSUMERS, 256);
-    if constexpr (Config::RPB_GRADIENT) add_up(sums, warp, above);
+    if constexpr (Config::RPB_GRADIENT) add_up(sums, other_sums, warp, above);
   }
 
   // The block's part of the bias gradient, always in the same order.
-  FASTNA_DEVICE void add_up(const float (&sums)[SUMS][4], int warp, int above) const {
+  FASTNA_DEVICE void add_up(const float (&sums)[SUMS][2], const float (&other_sums)[SUMS][2], int warp, int above) const {
     constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1;
     float* const kept = reinterpret_cast<float*>(shared.ring);  // nobody needs it any more
     FASTNA_UNROLL
     for (int i = 0; i < SUMS; ++i) {
       FASTNA_UNROLL
-      for (int j = 0; j < 4; ++j) kept[((warp * SUMS + i) * 4 + j) * WARP + lane_index()] = sums[i][j];
+      for (int j = 0; j < 4; ++j) kept[((warp * SUMS + i) * 4 + j) * WARP + lane_index()] = j < 2 ? sums[i][j] : other_sums[i][j - 2];
     }
     named_barrier(QUERIES, 128);
     float* const part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
@@ -519,17 +518,6 @@ struct HopperStripBackward {
       }
     }
   }
-  // pair(p) for those that `flags` name, one after another; none(p) for the others. Variants by warp, as queries have, would let pairs go side by
-  // side, but all the code that an SM runs must stay below some 40 KB: beyond, it waits for instructions most of the time (measured: twice as long).
-  template <class Pair, class None>
-  FASTNA_DEVICE static void for_pairs(u32 flags, const Pair& pair, const None& none) {
-    FASTNA_UNROLL
-    for (int p = 0; p < PAIRS; ++p) {
-      if (flags & (StripOwnColumns::PAIR << p)) pair(p);
-      else none(p);
-    }
-  }
-
   // With QUEUED as in queries, for the gradient of the keys; that of the values is summed up while factors of the other are worked out.
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, q = lane_index() & 3;
@@ -656,7 +644,10 @@ struct HopperStripBackward {
     const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(number, args.tiles, args.columns);
     const int column = tile.first + 2 * warp;
     const bool at_border = LEFT > 1 && (warp == 0 ? column == 0 : column >= args.columns - 2);
-    return {column, own_flags(tile, column) | (at_border ? StripOwnColumns::PAIR << border_pair(warp) : 0),
+    u32 flags = own_flags(tile, column);
+    if (flags != 0) flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
+    if (flags != 0 && at_border) flags |= StripOwnColumns::AT_BORDER | StripOwnColumns::PAIR << border_pair(warp);
+    return {column, flags,
             {Table::table_offset(column, args.columns), Table::table_offset(column + 1, args.columns)}};
   }
   FASTNA_DEVICE StripOwnColumns key_columns(int number, int warp) const {

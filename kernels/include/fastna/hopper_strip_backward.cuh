@@ -122,9 +122,9 @@ struct HopperStripBackwardShared {
 
 // A warp's two columns of a tile.
 struct alignas(16) StripOwnColumns {
-  static constexpr u32 FIRST = 1, SECOND = 2, PAIR = 4;
+  static constexpr u32 FIRST = 1, SECOND = 2, AT_BORDER = 4, PAIR = 8;
   int column;     // the first, of the map
-  u32 flags;      // whether it sums up the first, and the second; of keys, pairs of columns that see them; of queries, the further pair at a border
+  u32 flags;      // whether it sums up the first, and the second; of queries, whether a border is near; pairs of columns that they see, or are seen from
   int tables[2];  // of queries: Table::table_offset
 };
 
@@ -137,10 +137,10 @@ struct StripBackwardWalk {
   // False where there is none of this number. Strips of a map are dealt out in turn, a map at a time: they may differ in width.
   FASTNA_DEVICE bool find(const HopperStripBackwardArguments& args) {
     if (number >= args.walks) return false;
-    batch = number / args.strips;
-    const int strip = (number + batch) % args.strips;
-    first_tile = strip * args.tiles / args.strips;
-    tiles = (strip + 1) * args.tiles / args.strips - first_tile;
+    const u32 strips = args.strips, whole = static_cast<u32>(number) / strips, strip = (number + whole) % strips;
+    batch = static_cast<int>(whole);
+    first_tile = static_cast<int>(strip * args.tiles / strips);
+    tiles = static_cast<int>((strip + 1) * args.tiles / strips) - first_tile;
     return true;
   }
   // Of its row blocks.
