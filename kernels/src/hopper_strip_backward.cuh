@@ -77,72 +77,67 @@ struct HopperStripBackward {
   FASTNA_DEVICE void measure() const {
     constexpr int ROUNDS = (Config::TOKENS + MEASURERS - 1) / MEASURERS;
     const int thread = thread_index() - WARP, warp = warp_index() - 1, lane = lane_index(), g = lane >> 2;
-    Walk walk(member);
-    bool more = walk.find(args);
-    if (more && thread == 0) bring_output(walk, 0);
     Position at;
     u32 parity = 0;
-    for (int block = 0; more; at.advance(), parity ^= 1) {
-      const auto index_of_token = [&](int token) {
-        const int row = block * TILE_SIDE - Config::ABOVE - args.lift + token % TILE_SIDE;
-        const int column = walk.first_column(args.columns) + token / TILE_SIDE;
-        const bool exists = static_cast<u32>(row) < static_cast<u32>(args.rows) && static_cast<u32>(column) < static_cast<u32>(args.columns);
-        return exists ? index_of(walk, row, column) : -1;
-      };
-      float lse[ROUNDS];
-      FASTNA_UNROLL
-      for (int i = 0; i < ROUNDS; ++i) {
-        const i64 index = index_of_token(thread + i * MEASURERS);
-        lse[i] = index < 0 ? infinity() : load_readonly(args.lse + index);  // no weight for a query that is none
-      }
-      float* const delta = shared.delta[at.slot];
-      barrier_sleep(shared.full[at.slot], at.parity);
-      FASTNA_UNROLL
-      for (int i = 0; i < ROUNDS; ++i) {
-        const int token = thread + i * MEASURERS;
-        if (token < Config::TOKENS) shared.lse[at.slot][token] = lse[i] * LOG2_E;
-      }
-      barrier_sleep(shared.output_full, parity);
-      const int row = lane & 15, column = lane & 7;
-      const u32 grads = shared_address(shared.ring[at.slot][STRIP_GRAD_OUTPUT]) + row * ROW + (((lane >> 4) ^ swizzle(row)) << 4);
-      const u32 outputs = shared_address(shared.output) + column * ROW + (((lane >> 3) ^ swizzle(column)) << 4);
+    for (Walk walk(member); walk.find(args); walk.number += members) {
 #pragma unroll 1
-      for (int first = warp * 16; first < Config::TOKENS; first += MEASURERS / WARP * 16) {
-        float upper[4] = {}, lower[4] = {};
+      for (int block = 0; block <= args.steps; ++block, at.advance(), parity ^= 1) {
+        if (thread == 0) bring_output(walk, block);
+        const auto index_of_token = [&](int token) {
+          const int row = block * TILE_SIDE - Config::ABOVE - args.lift + token % TILE_SIDE;
+          const int column = walk.first_column(args.columns) + token / TILE_SIDE;
+          const bool exists = static_cast<u32>(row) < static_cast<u32>(args.rows) && static_cast<u32>(column) < static_cast<u32>(args.columns);
+          return exists ? index_of(walk, row, column) : -1;
+        };
+        float lse[ROUNDS];
+        FASTNA_UNROLL
+        for (int i = 0; i < ROUNDS; ++i) {
+          const i64 index = index_of_token(thread + i * MEASURERS);
+          lse[i] = index < 0 ? infinity() : load_readonly(args.lse + index);  // no weight for a query that is none
+        }
+        float* const delta = shared.delta[at.slot];
+        barrier_sleep(shared.full[at.slot], at.parity);
+        FASTNA_UNROLL
+        for (int i = 0; i < ROUNDS; ++i) {
+          const int token = thread + i * MEASURERS;
+          if (token < Config::TOKENS) shared.lse[at.slot][token] = lse[i] * LOG2_E;
+        }
+        barrier_sleep(shared.output_full, parity);
+        const int row = lane & 15, column = lane & 7;
+        const u32 grads = shared_address(shared.ring[at.slot][STRIP_GRAD_OUTPUT]) + row * ROW + (((lane >> 4) ^ swizzle(row)) << 4);
+        const u32 outputs = shared_address(shared.output) + column * ROW + (((lane >> 3) ^ swizzle(column)) << 4);
 #pragma unroll 1
-        for (int k = 0; k < K_STEPS; k += 2) {
-          u32 a[2][4], b[2][4];
-          FASTNA_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            load_matrix_x4(a[i], (grads ^ ((k + i) << 5)) + first * ROW);
-            load_matrix_x4(b[i], (outputs ^ (k << 5)) + (first + i * 8) * ROW);
+        for (int first = warp * 16; first < Config::TOKENS; first += MEASURERS / WARP * 16) {
+          float upper[4] = {}, lower[4] = {};
+#pragma unroll 1
+          for (int k = 0; k < K_STEPS; k += 2) {
+            u32 a[2][4], b[2][4];
+            FASTNA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              load_matrix_x4(a[i], (grads ^ ((k + i) << 5)) + first * ROW);
+              load_matrix_x4(b[i], (outputs ^ (k << 5)) + (first + i * 8) * ROW);
+            }
+            FASTNA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              mma_m16n8k16<T>(upper, a[i], b[0][2 * i], b[0][2 * i + 1]);
+              mma_m16n8k16<T>(lower, a[i], b[1][2 * i], b[1][2 * i + 1]);
+            }
           }
-          FASTNA_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            mma_m16n8k16<T>(upper, a[i], b[0][2 * i], b[0][2 * i + 1]);
-            mma_m16n8k16<T>(lower, a[i], b[1][2 * i], b[1][2 * i + 1]);
+          if ((lane & 3) == g >> 1) {
+            delta[first + g] = g & 1 ? upper[1] : upper[0];
+            delta[first + 8 + g] = g & 1 ? lower[3] : lower[2];
           }
         }
-        if ((lane & 3) == g >> 1) {
-          delta[first + g] = g & 1 ? upper[1] : upper[0];
-          delta[first + 8 + g] = g & 1 ? lower[3] : lower[2];
-        }
-      }
-      named_barrier(MEASURED, MEASURERS);
-      if (args.grad_lse != nullptr) {
+        named_barrier(MEASURED, MEASURERS);
+        if (args.grad_lse != nullptr) {
 #pragma unroll 1
-        for (int token = thread; token < Config::TOKENS; token += MEASURERS) {
-          const i64 index = index_of_token(token);
-          if (index >= 0) delta[token] -= load_readonly(args.grad_lse + index);
+          for (int token = thread; token < Config::TOKENS; token += MEASURERS) {
+            const i64 index = index_of_token(token);
+            if (index >= 0) delta[token] -= load_readonly(args.grad_lse + index);
+          }
         }
+        release(shared.ready[at.slot]);
       }
-      release(shared.ready[at.slot]);
-      if (++block > args.steps) {
-        block = 0;
-        walk.number += members;
-        more = walk.find(args);
-      }
-      if (more && thread == 0) bring_output(walk, block);
     }
   }
 
