@@ -167,23 +167,29 @@ struct HopperStripBackward {
   FASTNA_DEVICE u32* lines(int step, bool keys) const { return reinterpret_cast<u32*>(own_columns(args.tiles, false)) + (step * 2 + keys) * WARP; }
   FASTNA_DEVICE int* table_offsets() const { return reinterpret_cast<int*>(lines(args.steps, false)); }
 
-  // The steps of all walks: work(walk, step, slots of the step's row blocks). After the last of a walk, `finish` before its last row block goes.
-  template <class Work, class Finish>
-  FASTNA_DEVICE void walk_down(const Work& work, const Finish& finish) const {
+  // The steps of all walks: work(walk, step, slots of the step's row blocks). With QUEUED it leaves a product of the last row block to the next
+  // step: that of a walk's last one is held until the next walk's first step is done.
+  template <class Work>
+  FASTNA_DEVICE void walk_down(const Work& work) const {
     Position at;
+    int held = -1;
+#pragma unroll 1
     for (Walk walk(member); walk.find(args); walk.number += members) {
       wait(at);
       int slots[2] = {at.slot, 0};
+#pragma unroll 1
       for (int step = 0; step < args.steps; ++step) {
         at.advance();
         wait(at);
         slots[1] = at.slot;
         work(walk, step, slots);
+        if (Config::QUEUED && held >= 0) release(shared.empty[held]);
+        held = -1;
         release(shared.empty[slots[0]]);
         slots[0] = slots[1];
       }
-      finish();
-      release(shared.empty[slots[0]]);
+      if constexpr (Config::QUEUED) held = slots[0];
+      else release(shared.empty[slots[0]]);
       at.advance();
     }
   }
@@ -339,7 +345,7 @@ struct HopperStripBackward {
   }
 
   // With QUEUED, what a row block adds to a tile's gradient is summed up while the next scores are computed and weighed: the gradient is done
-  // only during the next tile. The first row block of a walk adds to nobody's.
+  // only during the next tile.
   FASTNA_DEVICE void queries() const {
     const int warp = warp_index() & 3;
     const int above = Config::ABOVE + args.lift;
@@ -353,11 +359,10 @@ struct HopperStripBackward {
     Gradient grad_query;
     FASTNA_UNROLL
     for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
-    Operand last_block = operand(0);
+    Operand last_block = operand(0);  // any that is there: the first row block of all adds to nobody's gradient
     i64 last_target = 0;
     int last_row = 0;
     u32 last_flags = 0;
-    bool pending = false;
     const auto sum_up_last = [&] {
       wgmma_fence();
       add(grad_query, packed, last_block, STRIP_KEY);
@@ -373,8 +378,6 @@ struct HopperStripBackward {
       QueryRows rows;
       rows.both_lines = lines(step, false)[lane_index()];
       const i64 target = index_of(walk, step * TILE_SIDE, 0) * D;
-      if (!pending) last_block = operand(slots[0]);
-      pending = true;
 #pragma unroll 1
       for (int i = 0; i < walk.tiles; ++i) {
         const StripOwnColumns& columns = own_columns(walk.first_tile + i, false)[warp];
@@ -430,14 +433,12 @@ struct HopperStripBackward {
         last_target = target + column * args.heads * D, last_row = step * TILE_SIDE, last_flags = flags;
         if constexpr (!Config::QUEUED) finish_last();
       }
-    }, [&] {
-      if constexpr (Config::QUEUED) {
-        sum_up_last();
-        wgmma_wait<0>();
-        finish_last();
-      }
-      last_flags = 0, pending = false;
     });
+    if constexpr (Config::QUEUED) {
+      sum_up_last();
+      wgmma_wait<0>();
+      finish_last();
+    }
     named_barrier(CONSUMERS, 256);
     if constexpr (Config::RPB_GRADIENT) add_up(sums, other_sums, warp, above);
   }
@@ -523,11 +524,10 @@ struct HopperStripBackward {
     for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
     FASTNA_UNROLL
     for (int i = 0; i < N / 4; ++i) packed[i] = 0;
-    Operand last_block = operand(0);
+    Operand last_block = operand(0);  // any that is there: the first row block of all adds to nobody's gradient
     i64 last_target = 0;
     int last_row = 0;
     u32 last_flags = 0;
-    bool pending = false;
     const auto sum_up_last = [&] {
       wgmma_fence();
       add(grad_key, packed, last_block, STRIP_QUERY);
@@ -547,8 +547,6 @@ struct HopperStripBackward {
       const int entry = Table::entry_offset(LEFT + 2 * warp);
       const u32 left = left_address(slots, Config::ABOVE);
       const i64 target = index_of(walk, row, 0) * D;
-      if (!pending) last_block = operand(slots[0]);
-      pending = true;
 #pragma unroll 1
       for (int i = 0; i < walk.tiles; ++i) {
         const StripOwnColumns columns = own_columns(walk.first_tile + i, true)[warp];
@@ -599,14 +597,12 @@ struct HopperStripBackward {
         last_target = target + column * args.heads * D, last_row = row, last_flags = flags;
         if constexpr (!Config::QUEUED) finish_last();
       }
-    }, [&] {
-      if constexpr (Config::QUEUED) {
-        sum_up_last();
-        wgmma_wait<0>();
-        finish_last();
-      }
-      last_flags = 0, pending = false;
     });
+    if constexpr (Config::QUEUED) {
+      sum_up_last();
+      wgmma_wait<0>();
+      finish_last();
+    }
     named_barrier(CONSUMERS, 256);
   }
 

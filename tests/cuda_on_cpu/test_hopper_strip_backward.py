@@ -159,15 +159,14 @@ def test_gradients_that_tensor_copies_cannot_read_are_refused() -> None:
 
 
 WEIGHED = "          weigh(warp, scores, b, rows);\n          wgmma_wait<0>();\n"
-FINISHED = """        wgmma_wait<0>();
-        finish_last();
-      }
-      last_flags = 0, pending = false;
-    });
+FINISHED = """      wgmma_wait<0>();
+      finish_last();
+    }
     named_barrier(CONSUMERS, 256);
     if constexpr (Config::RPB_GRADIENT) add_up"""
 WORK = "        work(walk, step, slots);\n"
 GIVE_BACK = "        release(shared.empty[slots[0]]);\n"
+HELD = "        if (Config::QUEUED && held >= 0) release(shared.empty[held]);\n        held = -1;\n"
 CONSUMERS_MEET = "    named_barrier(CONSUMERS, 256);\n"
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "row blocks not waited for": [
@@ -181,14 +180,17 @@ MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "output overwritten while it is read": [("      named_barrier(MEASURED, MEASURERS);\n", "")],
     "scores read while they are computed": [("          wgmma_wait<Config::QUEUED ? 2 : 1>();\n", "")],
     "slopes read while they are computed": [(WEIGHED, WEIGHED.splitlines(keepends=True)[0])],
-    "gradients read while they are summed up": [(FINISHED, FINISHED[FINISHED.index("        finish") :])],
-    "row blocks given back while they are multiplied": [(WORK + GIVE_BACK, GIVE_BACK + WORK)],
+    "gradients read while they are summed up": [(FINISHED, FINISHED[FINISHED.index("      finish") :])],
+    "row blocks given back while they are multiplied": [(WORK + HELD + GIVE_BACK, GIVE_BACK + WORK + HELD)],
+    "the last row block given back while it is multiplied": [
+        ("      if constexpr (Config::QUEUED) held = slots[0];\n      else release", "      release")
+    ],
     "sums of the bias gradient where row blocks still are": [
         (
             CONSUMERS_MEET + "    if constexpr (Config::RPB_GRADIENT) add_up",
             "    if constexpr (Config::RPB_GRADIENT) add_up",
         ),
-        ("    });\n" + CONSUMERS_MEET + "  }\n\n  // ---- Before", "    });\n  }\n\n  // ---- Before"),
+        ("    }\n" + CONSUMERS_MEET + "  }\n\n  // ---- Before", "    }\n  }\n\n  // ---- Before"),
     ],
     "sums of the bias gradient not waited for": [("    named_barrier(QUERIES, 128);\n", "")],
     "no fence before a product": [
@@ -203,7 +205,7 @@ def test_a_broken_kernel_is_caught(mistake: str, tmp_path: Path, monkeypatch: py
     for seed in range(6):
         with use_runtime("cpu", EmulatorRuntime(seed, multiprocessors=2)):
             try:
-                assert_gradients(make_call(make_problem((14, 14), (7, 7), batch=4)))
+                assert_gradients(make_call(make_problem((14, 14), (7, 7), batch=8)))
             except (EmulationError, AssertionError):
                 return
     pytest.fail(f"nobody noticed: {mistake}")
