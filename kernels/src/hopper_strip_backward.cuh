@@ -612,46 +612,43 @@ struct HopperStripBackward {
     const int thread = thread_index() - 128;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
     Table::template build<Config::HAS_RPB>(shared.table, rpb, thread, 256);
-    for (int i = thread; i < args.tiles * 8; i += 256) own_columns(i / 8, false)[i % 8] = i / 4 % 2 == 0 ? query_columns(i / 8, i % 4) : key_columns(i / 8, i % 4);
+#pragma unroll 1
+    for (int i = thread; i < args.tiles * 8; i += 256) own_columns(i / 8, false)[i % 8] = columns_of(i / 8, i / 4 % 2 != 0, i % 4);
+#pragma unroll 1
     for (int i = thread; i < args.steps * 2 * WARP; i += 256) lines(0, false)[i] = lines_of(i / (2 * WARP), i / WARP % 2 != 0, i % WARP);
+#pragma unroll 1
     for (int i = thread; i < args.columns + 2 * LEFT; i += 256) table_offsets()[i] = Table::table_offset(i - LEFT, args.columns);
     named_barrier(CONSUMERS, 256);
   }
   FASTNA_DEVICE u32 lines_of(int step, bool keys, int lane) const {
-    const int g = lane >> 2, q = lane & 3;
+    const int g = lane >> 2, q = lane & 3, own = step * TILE_SIDE + g - (keys ? args.lift : 0);
     u32 result = 0;
+#pragma unroll 1
     for (int b = 0; b < 2; ++b) {
       const int first = (step + b) * TILE_SIDE - Config::ABOVE - args.lift + 2 * q;  // of two rows of the row block
-      const int own = step * TILE_SIDE + g - (keys ? args.lift : 0);
-      const int line = keys ? Table::key_line(first, args.rows, own - first - 1) : Table::query_line(own, args.rows, first - own);
+      // Of queries, the distance of the first row; of keys, that of the second, which is one less than that of the first.
+      const int dr = keys ? own - first - 1 : first - own;
+      const int line = Table::line_of(dr, keys ? first + 1 : own, keys ? first : own, args.rows);
       result |= static_cast<u32>(line) << 16 * b;
     }
     return result;
   }
-  static FASTNA_DEVICE u32 own_flags(const StripOwnTile& tile, int column) {
-    return (tile.own.contains(column) ? StripOwnColumns::FIRST : 0) | (tile.own.contains(column + 1) ? StripOwnColumns::SECOND : 0);
-  }
-  FASTNA_DEVICE StripOwnColumns query_columns(int number, int warp) const {
-    const StripOwnTile tile = strip_tile<false, Config::WINDOW_COLUMNS>(number, args.tiles, args.columns);
-    const int column = tile.first + 2 * warp;
-    const bool at_border = LEFT > 1 && (warp == 0 ? column == 0 : column >= args.columns - 2);
-    u32 flags = own_flags(tile, column);
-    if (flags != 0) flags |= (StripOwnColumns::PAIR << warp << OWN_PAIRS) - (StripOwnColumns::PAIR << warp);
-    if (flags != 0 && at_border) flags |= StripOwnColumns::AT_BORDER | StripOwnColumns::PAIR << border_pair(warp);
-    return {column, flags,
-            {Table::table_offset(column, args.columns), Table::table_offset(column + 1, args.columns)}};
-  }
-  FASTNA_DEVICE StripOwnColumns key_columns(int number, int warp) const {
-    const StripOwnTile tile = strip_tile<true, Config::WINDOW_COLUMNS>(number, args.tiles, args.columns);
-    const int column = tile.first + 2 * warp;
-    u32 flags = own_flags(tile, column);
-    const int first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
-    if (first <= last) {  // pairs of columns with queries that see them
+  FASTNA_DEVICE StripOwnColumns columns_of(int number, bool keys, int warp) const {
+    const StripOwnTile tile = strip_tile<Config::WINDOW_COLUMNS>(keys, number, args.tiles, args.columns);
+    const int column = tile.first + 2 * warp, first = maximum(column, tile.own.begin), last = minimum(column + 2, tile.own.end) - 1;
+    u32 flags = (tile.own.contains(column) ? StripOwnColumns::FIRST : 0) | (tile.own.contains(column + 1) ? StripOwnColumns::SECOND : 0);
+    Interval pairs = {warp, warp + OWN_PAIRS};
+    if (keys) {  // columns of queries that see them
       const int begin = first < Config::WINDOW_COLUMNS ? 0 : first - LEFT;
       const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
-      for (int p = (begin - tile.first + LEFT) / 2; 2 * p < end - tile.first + LEFT; ++p) flags |= StripOwnColumns::PAIR << p;
+      pairs = {(begin - tile.first + LEFT) / 2, (end - tile.first + LEFT + 1) / 2};
+    } else if (LEFT > 1 && (warp == 0 ? column == 0 : column >= args.columns - 2)) {
+      flags |= StripOwnColumns::AT_BORDER;
+      pairs = {minimum(warp, border_pair(warp)), maximum(warp + OWN_PAIRS, border_pair(warp) + 1)};
     }
-    return {column, flags, {0, 0}};
+    if (first > last) flags = 0;
+    else flags |= (StripOwnColumns::PAIR << pairs.end) - (StripOwnColumns::PAIR << pairs.begin);
+    return {column, flags, {Table::table_offset(column, args.columns), Table::table_offset(column + 1, args.columns)}};
   }
 };
 

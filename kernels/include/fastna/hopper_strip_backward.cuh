@@ -72,14 +72,9 @@ struct StripMaskedTable {
     return minimum(maximum(window_begin<WINDOW>(position, length) - position, 1 - WINDOW), 0);
   }
   static FASTNA_DEVICE bool in_window(int dr, int first) { return dr >= first && dr < first + WINDOW_ROWS; }
-  // Line of a query's row and two rows of keys, the first `dr` away ...
-  static FASTNA_DEVICE int query_line(int row, int rows, int dr) {
-    const int first = begin<WINDOW_ROWS>(row, rows);
-    return line_offset(dr, in_window(dr, first), in_window(dr + 1, first));
-  }
-  // ... and of a key's row and two rows of queries, the first of which is `row`: distances dr + 1 and dr.
-  static FASTNA_DEVICE int key_line(int row, int rows, int dr) {
-    return line_offset(dr, in_window(dr, begin<WINDOW_ROWS>(row + 1, rows)), in_window(dr + 1, begin<WINDOW_ROWS>(row, rows)));
+  // The line for distances `dr` and dr + 1, if these are seen by the queries of rows `first` and `second`.
+  static FASTNA_DEVICE int line_of(int dr, int first, int second, int rows) {
+    return line_offset(dr, in_window(dr, begin<WINDOW_ROWS>(first, rows)), in_window(dr + 1, begin<WINDOW_ROWS>(second, rows)));
   }
 
   // Fills the table of one head; nothing is read without HAS_RPB. `thread` of `threads`; a barrier must follow.
@@ -152,10 +147,10 @@ struct StripOwnTile {
   int first;
   Interval own;
 };
-template <bool KEYS, int WINDOW_COLUMNS>
-FASTNA_DEVICE StripOwnTile strip_tile(int tile, int tiles, int columns) {
+template <int WINDOW_COLUMNS>
+FASTNA_DEVICE StripOwnTile strip_tile(bool keys, int tile, int tiles, int columns) {
   int last_begin = (tiles - 1) * TILE_SIDE;
-  if (KEYS) last_begin = minimum(last_begin, columns - WINDOW_COLUMNS);
+  if (keys) last_begin = minimum(last_begin, columns - WINDOW_COLUMNS);
   if (tile == tiles - 1) return {columns - TILE_SIDE, {last_begin, columns}};
   return {tile * TILE_SIDE, {tile * TILE_SIDE, minimum((tile + 1) * TILE_SIDE, last_begin)}};
 }
