@@ -28,6 +28,7 @@ ARCHITECTURES = ("sm_90a",)
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)
 WINDOWS = (3, 5, 7)
+SMALL_WINDOW = 5
 SMALLEST_SCALE = 1e-6
 TILE = 8
 MAX_COLUMNS = 1024
@@ -122,7 +123,17 @@ def why_not(problem: Problem) -> str | None:
         return f"hopper_strip needs more shared memory backward than the {device.shared_memory} bytes of a block"
     if problem.batch * problem.heads * cut.strips < device.multiprocessors:
         return "hopper_strip is for more strips of maps than the device has multiprocessors"
-    return None
+    return why_slower(problem)
+
+
+def why_slower(problem: Problem) -> str | None:
+    """Why `strip_backward` is the faster one, as far as measured (docs/kernel-log.md); None where this family is."""
+    if max(problem.window) <= SMALL_WINDOW or (problem.head_dim == 64 and not problem.has_rpb):
+        return None
+    return (
+        f"hopper_strip is measured to be faster than strip only for windows up to {SMALL_WINDOW}, "
+        "and at head_dim 64 without a bias"
+    )
 
 
 def lift_of(axis: Axis) -> int | None:

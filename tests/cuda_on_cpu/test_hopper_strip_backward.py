@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ from kernels.problem import Axis
 
 
 @pytest.fixture(autouse=True)
-def _this_family(monkeypatch: pytest.MonkeyPatch) -> None:
+def _this_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also where another one is faster."""
     monkeypatch.setattr(test_strip_backward, "strip_backward", hopper_strip_backward)
+    monkeypatch.setattr(hopper_strip_backward, "why_slower", lambda problem: None)
+    fused.backward_families.cache_clear()
+    yield
+    fused.backward_families.cache_clear()
 
 
 def assert_gradients(call: Call, needs_rpb_grad: bool = True) -> None:
@@ -140,6 +146,22 @@ def test_refusals_say_why(emulator: EmulatorRuntime, change: dict[str, object], 
     reason = hopper_strip_backward.why_not(dataclasses.replace(accepted, **change))
     assert reason is not None
     assert word in reason
+
+
+def test_what_another_family_does_faster_is_left_to_it(
+    emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    for window, head_dim, rpb_dtype, is_faster in (
+        (5, 32, torch.float32, True),
+        (7, 32, torch.float32, False),
+        (7, 64, torch.float32, False),
+        (7, 64, None, True),
+    ):
+        problem = make_problem((24, 24), (window, window), head_dim=head_dim, rpb_dtype=rpb_dtype, batch=4)
+        reason = hopper_strip_backward.why_not(problem)
+        assert (reason is None) == is_faster
+        assert reason is None or "faster" in reason
 
 
 def test_other_devices_are_refused() -> None:
