@@ -26,7 +26,6 @@ FASTNA_DEVICE u32 block_count() { return gridDim.x; }
 // A value that the compiler shall keep in a register: it would rather work it out again, every time round a loop.
 FASTNA_DEVICE void keep(u32& value) { asm volatile("" : "+r"(value)); }
 FASTNA_DEVICE void keep(int& value) { asm volatile("" : "+r"(value)); }
-FASTNA_DEVICE void keep(float& value) { asm volatile("" : "+f"(value)); }
 template <class T>
 FASTNA_DEVICE void keep(T*& value) {
   asm volatile("" : "+l"(value));
