@@ -227,7 +227,7 @@ def test_a_broken_kernel_is_caught(mistake: str, tmp_path: Path, monkeypatch: py
     for seed in range(6):
         with use_runtime("cpu", EmulatorRuntime(seed, multiprocessors=2)):
             try:
-                assert_gradients(make_call(make_problem((14, 14), (7, 7), batch=8)))
+                assert_gradients(make_call(make_problem((14, 14), (7, 7), batch=6)))
             except (EmulationError, AssertionError):
                 return
     pytest.fail(f"nobody noticed: {mistake}")
