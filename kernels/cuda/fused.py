@@ -3,7 +3,8 @@
 Families, in order; each may serve the forward pass, the backward pass, or both:
   dense    windows that hold the whole map: PyTorch's own attention
   block    dense dilation groups of few tokens: one fixed bias, no mask
-  hopper_strip  small sliding 2-D windows of many maps, on devices of compute capability 9.0
+  hopper_strip  small sliding 2-D windows of many maps, on devices of compute capability 9.0 (hopper_strip_backward:
+           gradients of wide heads without a bias)
   strip    small sliding 2-D windows
   hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients; hopper_joint: faster,
            where they need not be the same bits every time)
@@ -26,6 +27,7 @@ from kernels.cuda import (
     hopper_backward,
     hopper_joint,
     hopper_strip,
+    hopper_strip_backward,
     runtime,
     strip,
     strip_backward,
@@ -34,7 +36,14 @@ from kernels.determinism import is_deterministic
 from kernels.problem import Problem
 
 FORWARD: tuple[ModuleType, ...] = (dense, block, hopper_strip, strip, hopper, flash)
-BACKWARD: tuple[ModuleType, ...] = (block, strip_backward, hopper_joint, hopper_backward, flash)
+BACKWARD: tuple[ModuleType, ...] = (
+    block,
+    hopper_strip_backward,
+    strip_backward,
+    hopper_joint,
+    hopper_backward,
+    flash,
+)
 NONDETERMINISTIC: frozenset[ModuleType] = frozenset({hopper_joint})
 
 

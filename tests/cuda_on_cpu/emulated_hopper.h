@@ -11,6 +11,7 @@ inline void barrier_arrive(MemoryBarrier& barrier) { emulator::emulator_memory_b
 inline void barrier_wait(MemoryBarrier& barrier, u32 parity) {
   emulator::emulator_memory_barrier_wait(shared_address(&barrier), parity);
 }
+inline void barrier_sleep(MemoryBarrier& barrier, u32 parity) { barrier_wait(barrier, parity); }
 
 inline void named_barrier_arrive(int id, int threads) {
   const u32 in[2] = {static_cast<u32>(id), static_cast<u32>(threads)};

@@ -28,4 +28,9 @@ struct Wgmma {
   static void product_transposed(float (&d)[N / 2], const u32* a, u64 b) {
     emulator::emulator_wgmma(N, type<T>() | emulator::ACCUMULATE | emulator::TRANSPOSED | emulator::FROM_REGISTERS, d, a, 0, b);
   }
+
+  template <class T>
+  static void product_of_registers(float (&d)[N / 2], const u32* a, u64 b, bool accumulate) {
+    emulator::emulator_wgmma(N, type<T>() | (accumulate ? emulator::ACCUMULATE : 0u) | emulator::FROM_REGISTERS, d, a, 0, b);
+  }
 };

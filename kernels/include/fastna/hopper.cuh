@@ -39,6 +39,15 @@ FASTNA_DEVICE void barrier_wait(MemoryBarrier& barrier, u32 parity) {
       : "memory");
 }
 
+// The same for threads that have nothing else to do for a while: they sleep up to ten milliseconds at a time, and take no issue slots.
+FASTNA_DEVICE void barrier_sleep(MemoryBarrier& barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n@done bra ready;\nbra again;\nready:\n}" ::"r"(
+          shared_address(&barrier)),
+      "r"(parity), "r"(10'000'000)
+      : "memory");
+}
+
 // Counts the calling threads at barrier `id` without waiting; named_barrier waits for them too.
 FASTNA_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -73,6 +73,7 @@ struct Wgmma;
 // product: d = (accumulate ? d : 0) + a b with both operands K-major in shared memory.
 // product_both_transposed: the same with both stored with K along their rows.
 // product_transposed: d += a b with a in registers (as mma.m16n8k16 takes it) and b stored with K along its rows.
+// product_of_registers: as product, but with a in registers; `accumulate` is known when the kernel is compiled.
 #define FASTNA_WGMMA_TYPE(N, TYPE, NAME, A, B, P, B_OF_REGISTERS, SHARED_OPERANDS)                                              \
   template <>                                                                                                                  \
   FASTNA_DEVICE void Wgmma<N>::product<NAME>(float (&d)[N / 2], u64 a, u64 b, bool accumulate) {                               \
@@ -94,6 +95,19 @@ struct Wgmma;
                  "}, %" #B_OF_REGISTERS ", 1, 1, 1, 1;"                                                                         \
                  : FASTNA_OUTPUTS_##N                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                        \
+  }                                                                                                                            \
+  template <>                                                                                                                  \
+  FASTNA_DEVICE void Wgmma<N>::product_of_registers<NAME>(float (&d)[N / 2], const u32* a, u64 b, bool accumulate) {           \
+    if (accumulate)                                                                                                            \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FASTNA_NAMES_##N "}, {" SHARED_OPERANDS  \
+                   "}, %" #B_OF_REGISTERS ", 1, 1, 1, 0;"                                                                       \
+                   : FASTNA_OUTPUTS_##N                                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                      \
+    else                                                                                                                       \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FASTNA_NAMES_##N "}, {" SHARED_OPERANDS  \
+                   "}, %" #B_OF_REGISTERS ", 0, 1, 1, 0;"                                                                       \
+                   : FASTNA_OUTPUTS_##N                                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                      \
   }
 #define FASTNA_WGMMA(N, R0, R1, R2, R3, R4)                                                              \
   template <>                                                                                            \
@@ -104,6 +118,8 @@ struct Wgmma;
     static FASTNA_DEVICE void product_both_transposed(float (&d)[N / 2], u64 a, u64 b, bool accumulate); \
     template <class T>                                                                                   \
     static FASTNA_DEVICE void product_transposed(float (&d)[N / 2], const u32* a, u64 b);                \
+    template <class T>                                                                                   \
+    static FASTNA_DEVICE void product_of_registers(float (&d)[N / 2], const u32* a, u64 b, bool accumulate); \
   };                                                                                                     \
   FASTNA_WGMMA_TYPE(N, "bf16", bf16, R0, R1, R2, R4, "%" #R0 ", %" #R1 ", %" #R2 ", %" #R3)              \
   FASTNA_WGMMA_TYPE(N, "f16", half, R0, R1, R2, R4, "%" #R0 ", %" #R1 ", %" #R2 ", %" #R3)
