@@ -110,7 +110,8 @@ def bind_backward(
     device = runtime.properties(problem.device)
     strip = choose_strip(problem, problem.has_rpb, device)
     lift = lift_of(problem.axes[0])
-    assert strip is not None and lift is not None, "why_not accepts the problem"
+    assert strip is not None, "why_not accepts the problem"
+    assert lift is not None, "why_not accepts the problem"
     strips, count = _walks(problem, strip)
     blocks = _blocks(problem, strip, device)
     steps = _steps(problem.space[0], lift)
@@ -174,7 +175,11 @@ def _block_columns(axis: Axis, columns: int) -> int:
     """Of row blocks: all that the columns of any strip see or are seen from; odd."""
     length, most = axis.length, SIDE
     for begin in range(0, length, columns):
-        reach = [see(c, length) for c in range(begin, min(begin + columns, length)) for see in (axis.window_at, axis.queries_at)]
+        reach = [
+            see(c, length)
+            for c in range(begin, min(begin + columns, length))
+            for see in (axis.window_at, axis.queries_at)
+        ]
         most = max(most, max(end for _, end in reach) - min(first for first, _ in reach))
     return most | 1
 

@@ -37,7 +37,7 @@ struct HopperRingBackwardConfig {
   static constexpr bool HAS_RPB = HAS_RPB_, RPB_GRADIENT = RPB_GRADIENT_;
   static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
   static constexpr int STRIP = STRIP_, COLUMNS = COLUMNS_, SLOTS = SLOTS_, WARPS = WARPS_;
-  static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 56 : 40, CONSUMER_REGISTERS = WARPS == 12 ? 152 : 232;
+  static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 80 : 64, CONSUMER_REGISTERS = WARPS == 12 ? 144 : 224;
   static constexpr int MEASURERS = 3;  // warps
   static constexpr int ABOVE = WINDOW_ROWS / 2;
   static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
@@ -516,10 +516,10 @@ FASTNA_DEVICE void hopper_ring_backward(const HopperRingBackwardArguments& args)
   if (warp < 4) {
     shrink_registers<Config::PRODUCER_REGISTERS>();
     if (thread_index() == 0) Kernel(args, shared).produce();
-    if (warp > 0) Kernel(args, shared).measure(warp - 1);
+    if (warp > 0) Kernel(args, shared).measure(warp_index() - 1);
   } else {
     grow_registers<Config::CONSUMER_REGISTERS>();
-    Kernel(args, shared).consume(warp - 4);
+    Kernel(args, shared).consume(warp_index() - 4);
   }
 }
 
