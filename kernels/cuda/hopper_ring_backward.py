@@ -53,8 +53,8 @@ SIDE = 8
 """Rows of a row block."""
 LEAST_SLOTS, MOST_SLOTS = 3, 8
 """Row blocks that a ring holds: two are in use, another one comes in."""
-WARPS = {32: 12, 64: 8}
-"""That multiply, by head_dim: as many as registers allow."""
+WARPS = {32: 16, 64: 8}
+"""That multiply, by head_dim: as many as registers allow. The kernel takes 8, 12 or 16."""
 LEAST_SHARE = 0.75
 """Of the time, that SMs must be busy: below, blocks that do not stay win."""
 BIAS_LINES_BEFORE = 8

@@ -37,7 +37,10 @@ struct HopperRingBackwardConfig {
   static constexpr bool HAS_RPB = HAS_RPB_, RPB_GRADIENT = RPB_GRADIENT_;
   static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
   static constexpr int STRIP = STRIP_, COLUMNS = COLUMNS_, SLOTS = SLOTS_, WARPS = WARPS_;
-  static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 80 : 64, CONSUMER_REGISTERS = WARPS == 12 ? 144 : 224;
+  // All warpgroups together have no more than they began with: 128, 168 or 96 each.
+  static_assert(WARPS == 12 || WARPS == 8 || WARPS == 16, "");
+  static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 80 : WARPS == 8 ? 72 : 64;
+  static constexpr int CONSUMER_REGISTERS = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 104;
   static constexpr int MEASURERS = 3;  // warps
   static constexpr int ABOVE = WINDOW_ROWS / 2;
   static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
@@ -133,7 +136,7 @@ struct HopperRingBackward {
 
   // MEASURERS warps: the statistics of every row block. A lane takes a chunk of a token.
   FASTNA_DEVICE void measure(int warp) const {
-    constexpr int BATCH = 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
+    constexpr int BATCH = D == 32 && COLUMNS > 16 ? 6 : 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
     const int chunk = lane_index() % Config::CHUNKS, first = warp * ROUND + lane_index() / Config::CHUNKS;
     const T* const output = static_cast<const T*>(args.output) + chunk * 8;
     Position at;

@@ -45,10 +45,10 @@ def test_bias_gradient_nobody_asked_for(emulator: EmulatorRuntime) -> None:
     assert_gradients(make_call(make_problem((14, 14), (7, 7), batch=4)), needs_rpb_grad=False)
 
 
-@pytest.mark.parametrize("slots", [3, 4])
-def test_walks(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+@pytest.mark.parametrize(("slots", "warps"), [(3, 12), (4, 16), (5, 8)])
+def test_walks(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, slots: int, warps: int) -> None:
     """Several to a block, of strips of different widths, down rings that go round."""
-    strip = Strip(columns=10, block_columns=17, slots=slots, warps=12)
+    strip = Strip(columns=10, block_columns=17, slots=slots, warps=warps)
     monkeypatch.setattr(hopper_ring_backward, "choose_strip", lambda problem, needs_rpb_grad, device: strip)
     assert_gradients(make_call(make_problem((14, 28), (7, 7), batch=5)))
 
