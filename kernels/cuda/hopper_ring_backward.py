@@ -205,7 +205,7 @@ def shared_bytes(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> int:
     tokens = strip.slots * SIDE * strip.block_columns
     bias = (lines + 2 * BIAS_LINES_BEFORE) * (2 * window_columns + 1) if problem.has_rpb else 1
     sums = -(-strip.warps * lines * offsets // 4) * 4 if needs_rpb_grad else 4
-    used = tokens * (8 * problem.head_dim + 8) + 16 * bias + 4 * sums + 3 * 8 * strip.slots
+    used = tokens * (8 * problem.head_dim + 16) + 16 * bias + 4 * sums + 3 * 8 * strip.slots
     tables = SWEEPS_BYTES * -(-columns // 2) + STEP_BYTES * _steps(rows, SIDE - 1)
     return -(-used // 16) * 16 + tables
 

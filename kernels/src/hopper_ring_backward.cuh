@@ -47,7 +47,6 @@ struct HopperRingBackwardConfig {
   static constexpr int TOKEN = HEAD_DIM * 2;           // bytes, and of the swizzle
   static constexpr int ROW_BYTES = COLUMNS * TOKEN, BLOCK_BYTES = TILE_SIDE * ROW_BYTES;
   static constexpr int TENSOR_BYTES = SLOTS * BLOCK_BYTES;  // from a tensor's ring to the next
-  static constexpr int STATISTICS_ROW = COLUMNS * 8;
   static constexpr int TOKENS = TILE_SIDE * COLUMNS, ROWS = SLOTS * TILE_SIDE;
   static constexpr int BIAS_LINES_BEFORE = 8;
   static constexpr int BIAS_LINES = 2 * WINDOW_ROWS - 1 + 2 * BIAS_LINES_BEFORE;
@@ -83,11 +82,41 @@ struct HopperRingBackward {
 
   struct Shared {
     u8 ring[RINGS][Config::SLOTS][Config::BLOCK_BYTES];
-    float2 statistics[Config::ROWS * COLUMNS];  // (lse in base 2, delta)
+    uint4 statistics[Config::ROWS * COLUMNS];  // of a token, see Statistics
     float4 bias[Config::HAS_RPB ? Config::BIAS_LINES * Config::BIAS_LINE : 1];
     float bias_gradient[Config::RPB_GRADIENT ? round_up(WARPS * Config::OFFSETS, 4) : 4];
     MemoryBarrier full[Config::SLOTS], ready[Config::SLOTS], empty[Config::SLOTS];
     // Behind: StripSweep [pairs of columns of the map][queries, keys][SWEEPS], RingStep [steps]
+  };
+
+  // 8 numbers bf16: what is added to a score, -lse / scale, in three parts, as many of -delta = grad_lse - sum(grad_output * output), and zeros. So
+  // a product with ones adds either where the columns of scores are queries.
+  struct Statistics {
+    FASTNA_DEVICE static uint4 of(float lse, float delta) {
+      const uint2 first = split(lse), second = split(delta);
+      return {first.x, first.y | second.x << 16, second.x >> 16 | second.y << 16, 0};
+    }
+    FASTNA_DEVICE static float2 sum(uint4 parts) {
+      const float2 a = unpack2<bf16>(parts.x), b = unpack2<bf16>(parts.y), c = unpack2<bf16>(parts.z);
+      return {a.x + (a.y + b.x), b.y + (c.x + c.y)};
+    }
+    // The lane's part of a left operand of ones.
+    FASTNA_DEVICE static u32 lse_ones() { return select(pack2<bf16>(1.0f, 1.0f), pack2<bf16>(1.0f, 0.0f), 0); }
+    FASTNA_DEVICE static u32 delta_ones() { return select(0, pack2<bf16>(0.0f, 1.0f), pack2<bf16>(1.0f, 1.0f)); }
+
+   private:
+    FASTNA_DEVICE static u32 select(u32 a, u32 b, u32 c) {
+      const int q = lane_index() & 3;
+      return q == 0 ? a : q == 1 ? b : q == 2 ? c : 0;
+    }
+    // Three parts of 16 bits.
+    FASTNA_DEVICE static uint2 split(float value) {
+      const bf16 first = from_float<bf16>(value);
+      value -= to_float(first);
+      const bf16 second = from_float<bf16>(value);
+      value -= to_float(second);
+      return {static_cast<u32>(first.bits) | static_cast<u32>(second.bits) << 16, from_float<bf16>(value).bits};
+    }
   };
 
   const HopperRingBackwardArguments& args;
@@ -139,6 +168,7 @@ struct HopperRingBackward {
     constexpr int BATCH = D == 32 && COLUMNS > 16 ? 6 : 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
     const int chunk = lane_index() % Config::CHUNKS, first = warp * ROUND + lane_index() / Config::CHUNKS;
     const T* const output = static_cast<const T*>(args.output) + chunk * 8;
+    const float minus_inverse_scale = -1.0f / args.geometry.scale;
     Position at;
     StripWalk walk;
     for (int round = 0; walk.template find<Config::STRIP, 1>(args.walks, member, round); ++round) {
@@ -174,7 +204,7 @@ struct HopperRingBackward {
             }
             FASTNA_UNROLL
             for (int distance = 1; distance < Config::CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
-            if (token < Config::TOKENS && chunk == 0) shared.statistics[at.slot * Config::TOKENS + token] = {lse[n] * LOG2_E, delta - less[n]};
+            if (token < Config::TOKENS && chunk == 0) shared.statistics[at.slot * Config::TOKENS + token] = Statistics::of(lse[n] * minus_inverse_scale, less[n] - delta);
           }
         }
         release(shared.ready[at.slot]);
@@ -311,10 +341,10 @@ struct HopperRingBackward {
     const u32 left = left_address(slot, sweep->upper, sweep->lower);
     load_left(query, left, QUERIES);
     load_left(grad, left, GRADS);
-    const float2* statistics = shared.statistics + ring_row(slot, g + Config::ABOVE) * COLUMNS;
-    const float2 of0 = statistics[sweep->upper], of1 = statistics[sweep->lower];
-    const float lse0 = of0.x, lse1 = of1.x;
-    const float4 minus_delta = {-of0.y, -of0.y, -of1.y, -of1.y};
+    const uint4* statistics = shared.statistics + ring_row(slot, g + Config::ABOVE) * COLUMNS;
+    const float2 of0 = Statistics::sum(statistics[sweep->upper]), of1 = Statistics::sum(statistics[sweep->lower]);
+    const float lse0 = -of0.x * scale2, lse1 = -of1.x * scale2;
+    const float4 minus_delta = {of0.y, of0.y, of1.y, of1.y};
 
     float dq[Products::D_TILES][4] = {};
 #pragma unroll 1
@@ -362,6 +392,8 @@ struct HopperRingBackward {
   // a second sweep then, over the rest.
   FASTNA_DEVICE void keys(int step, int slot, int batch, int pair) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
+    const u32 lse_ones[4] = {Statistics::lse_ones(), Statistics::lse_ones(), 0, 0};
+    const u32 delta_ones[4] = {Statistics::delta_ones(), Statistics::delta_ones(), 0, 0};
     const float scale2 = args.scale_log2;
     const StripSweep* sweep = sweeps(pair, 1);
     const RingStep& table = steps()[step];
@@ -381,7 +413,7 @@ struct HopperRingBackward {
       const uint2 columns = sweep->masks[q];
       more = sweep->more != 0;
       const int row = slot * TILE_SIDE + query_rows.begin;
-      const float2* low = shared.statistics + row * COLUMNS + local_low;
+      u32 statistics = shared_address(shared.statistics + (row + (lane_index() >> 3 & 1)) * COLUMNS + stored + 7 - (lane_index() & 7));
       Right right(shared_address(shared.ring), row, stored, true);
       const float4* initial = bias(g - (query_rows.begin - Config::ABOVE), sweep->lower + 1 - local_low);
       u32 visible = row_bits;
@@ -395,23 +427,29 @@ struct HopperRingBackward {
           FASTNA_UNROLL
           for (int n = 0; n < 2; ++n) start_from(s[n], initial[-n * Config::BIAS_LINE]);
         }
+        u32 parts[2];
+        load_matrix_x2(parts, statistics);
+        FASTNA_UNROLL
+        for (int n = 0; n < 2; ++n) {
+          mma_m16n8k16<bf16>(s[n], lse_ones, parts[n], 0);
+          mma_m16n8k16<bf16>(dp[n], delta_ones, parts[n], 0);
+        }
         multiply_transposed(s, key, plain, QUERIES);
         multiply_transposed(dp, value, plain, GRADS);
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          const float2 of0 = low[n * COLUMNS], of1 = low[n * COLUMNS - 1];
-          const float p0 = exp2_approx(s[n][0] * scale2 - of0.x), p1 = exp2_approx(s[n][1] * scale2 - of1.x);
-          const float p2 = exp2_approx(s[n][2] * scale2 - of0.x), p3 = exp2_approx(s[n][3] * scale2 - of1.x);
+          const float p0 = exp2_approx(s[n][0] * scale2), p1 = exp2_approx(s[n][1] * scale2);
+          const float p2 = exp2_approx(s[n][2] * scale2), p3 = exp2_approx(s[n][3] * scale2);
           const u32 rows = row_mask(visible, n);
           p[2 * n] = pack2<T>(p0, p1) & columns.x & rows;
           p[2 * n + 1] = pack2<T>(p2, p3) & columns.y & rows;
-          ds[2 * n] = pack2<T>(p0 * (dp[n][0] - of0.y), p1 * (dp[n][1] - of1.y)) & columns.x & rows;
-          ds[2 * n + 1] = pack2<T>(p2 * (dp[n][2] - of0.y), p3 * (dp[n][3] - of1.y)) & columns.y & rows;
+          ds[2 * n] = pack2<T>(p0 * dp[n][0], p1 * dp[n][1]) & columns.x & rows;
+          ds[2 * n + 1] = pack2<T>(p2 * dp[n][2], p3 * dp[n][3]) & columns.y & rows;
         }
         multiply(dk, ds, transposed, QUERIES);
         multiply(dv, p, transposed, GRADS);
-        i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE, low += 2 * COLUMNS, right.at += 2 * Config::ROW_BYTES;
-        if (i == wrap) right.at -= Config::TENSOR_BYTES, low -= Config::ROWS * COLUMNS;
+        i += 2, visible <<= 2, initial -= 2 * Config::BIAS_LINE, statistics += 2 * COLUMNS * 16, right.at += 2 * Config::ROW_BYTES;
+        if (i == wrap) right.at -= Config::TENSOR_BYTES, statistics -= Config::ROWS * COLUMNS * 16;
       }
     }
     const StripTargets to = targets(step, batch, 2 * pair + 1, 2 * pair);
