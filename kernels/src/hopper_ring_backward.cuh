@@ -204,7 +204,20 @@ struct HopperRingBackward {
             }
             FASTNA_UNROLL
             for (int distance = 1; distance < Config::CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
-            if (token < Config::TOKENS && chunk == 0) shared.statistics[at.slot * Config::TOKENS + token] = Statistics::of(lse[n] * minus_inverse_scale, less[n] - delta);
+            less[n] -= delta;
+          }
+          // Of a token's lanes each writes another one's.
+          FASTNA_UNROLL
+          for (int n = 0; n < BATCH; n += Config::CHUNKS) {
+            float own_lse = lse[n], own_delta = less[n];
+            FASTNA_UNROLL
+            for (int i = 1; i < minimum(Config::CHUNKS, BATCH - n); ++i) {
+              if (chunk == i) own_lse = lse[n + i], own_delta = less[n + i];
+            }
+            const int token = base + (n + chunk) * STRIDE + first;
+            if (n + chunk < BATCH && token < Config::TOKENS) {
+              shared.statistics[at.slot * Config::TOKENS + token] = Statistics::of(own_lse * minus_inverse_scale, own_delta);
+            }
           }
         }
         release(shared.ready[at.slot]);
