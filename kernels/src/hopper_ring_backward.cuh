@@ -11,6 +11,7 @@
 #pragma once
 
 #include "fastna/hopper_strip.cuh"
+#include "fastna/small_products.cuh"
 #include "src/strip_backward.cuh"
 
 namespace fastna {
@@ -101,10 +102,11 @@ struct HopperRingBackward {
       return {a.x + (a.y + b.x), b.y + (c.x + c.y)};
     }
     // The lane's part of a left operand of ones.
-    FASTNA_DEVICE static u32 lse_ones() { return select(pack2<bf16>(1.0f, 1.0f), pack2<bf16>(1.0f, 0.0f), 0); }
-    FASTNA_DEVICE static u32 delta_ones() { return select(0, pack2<bf16>(0.0f, 1.0f), pack2<bf16>(1.0f, 1.0f)); }
+    FASTNA_DEVICE static u32 lse_ones() { return select(ONE | ONE << 16, ONE, 0); }
+    FASTNA_DEVICE static u32 delta_ones() { return select(0, ONE << 16, ONE | ONE << 16); }
 
    private:
+    static constexpr u32 ONE = 0x3f80;
     FASTNA_DEVICE static u32 select(u32 a, u32 b, u32 c) {
       const int q = lane_index() & 3;
       return q == 0 ? a : q == 1 ? b : q == 2 ? c : 0;
@@ -165,7 +167,7 @@ struct HopperRingBackward {
 
   // MEASURERS warps: the statistics of every row block. A lane takes a chunk of a token.
   FASTNA_DEVICE void measure(int warp) const {
-    constexpr int BATCH = D == 32 && COLUMNS > 16 ? 6 : 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
+    constexpr int BATCH = D == 32 && COLUMNS > 16 && WARPS < 16 ? 6 : 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
     const int chunk = lane_index() % Config::CHUNKS, first = warp * ROUND + lane_index() / Config::CHUNKS;
     const T* const output = static_cast<const T*>(args.output) + chunk * 8;
     const float minus_inverse_scale = -1.0f / args.geometry.scale;
@@ -289,7 +291,9 @@ struct HopperRingBackward {
   }
   // 16 tokens of a step as left operand: its rows of two columns. In ring 0.
   FASTNA_DEVICE u32 left_address(int slot, int upper, int lower) const {
-    const int lane = lane_index(), row = ring_row(slot, (lane & 7) + Config::ABOVE);
+    int lane = lane_index();
+    keep(lane);  // worked out for every item: there is no register to keep it in
+    const int row = ring_row(slot, (lane & 7) + Config::ABOVE);
     return swizzled(shared_address(shared.ring) + row * Config::ROW_BYTES + ((lane & 8) == 0 ? upper : lower) * TOKEN + (lane >> 4) * 16);
   }
   FASTNA_DEVICE static void load_left(u32 (&a)[K_STEPS][4], u32 address, int ring) {
@@ -405,8 +409,7 @@ struct HopperRingBackward {
   // a second sweep then, over the rest.
   FASTNA_DEVICE void keys(int step, int slot, int batch, int pair) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
-    const u32 lse_ones[4] = {Statistics::lse_ones(), Statistics::lse_ones(), 0, 0};
-    const u32 delta_ones[4] = {Statistics::delta_ones(), Statistics::delta_ones(), 0, 0};
+    const u32 lse_ones = Statistics::lse_ones(), delta_ones = Statistics::delta_ones();
     const float scale2 = args.scale_log2;
     const StripSweep* sweep = sweeps(pair, 1);
     const RingStep& table = steps()[step];
@@ -444,8 +447,8 @@ struct HopperRingBackward {
         load_matrix_x2(parts, statistics);
         FASTNA_UNROLL
         for (int n = 0; n < 2; ++n) {
-          mma_m16n8k16<bf16>(s[n], lse_ones, parts[n], 0);
-          mma_m16n8k16<bf16>(dp[n], delta_ones, parts[n], 0);
+          mma_m16n8k8_bf16(s[n], lse_ones, lse_ones, parts[n]);
+          mma_m16n8k8_bf16(dp[n], delta_ones, delta_ones, parts[n]);
         }
         multiply_transposed(s, key, plain, QUERIES);
         multiply_transposed(dp, value, plain, GRADS);
