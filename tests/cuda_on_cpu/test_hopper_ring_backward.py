@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import test_strip_backward
 import torch
-from emulator import EmulatorRuntime
+from emulator import EmulationError, EmulatorRuntime
+from test_hopper_mutations import break_kernel
 from test_strip_backward import assert_gradients, make_call, make_problem
 
 from kernels.cuda import hopper_ring_backward, runtime
 from kernels.cuda.hopper_ring_backward import Strip
+from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis
 
 
@@ -70,3 +74,29 @@ def test_row_blocks_fit(head_dim: int, length: int) -> None:
         strip = hopper_ring_backward.choose_strip(problem, True, device)
         assert strip is not None
         assert hopper_ring_backward.shared_bytes(problem, strip, True) <= device.shared_memory
+
+
+MUTATIONS: dict[str, list[tuple[str, str]]] = {
+    "grad_output not waited for": [("          if (base == 0) barrier_wait(shared.full[at.slot], at.parity);\n", "")],
+    "statistics not waited for": [("    barrier_wait(shared.ready[at.slot], at.parity);\n", "")],
+    "slots filled before they are free": [("        barrier_wait(shared.empty[at.slot], at.parity ^ 1);\n", "")],
+    "a ring that does not go round": [("        if (j == wrap) right.at -= Config::TENSOR_BYTES;\n", "")],
+    "sums of the bias gradient not waited for": [
+        ("      bias_gradient.flush();\n      named_barrier(CONSUMERS, THREADS);\n", "      bias_gradient.flush();\n")
+    ],
+    "sums of the bias gradient left in registers": [("      bias_gradient.flush();\n      named", "      named")],
+}
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_a_broken_kernel_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Strip(columns=14, block_columns=15, slots=4, warps=8)
+    monkeypatch.setattr(hopper_ring_backward, "choose_strip", lambda problem, needs_rpb_grad, device: strip)
+    break_kernel("src/hopper_ring_backward.cuh", MUTATIONS[mistake], tmp_path, monkeypatch)
+    for seed in range(6):
+        with use_runtime("cpu", EmulatorRuntime(seed, multiprocessors=2)):
+            try:
+                assert_gradients(make_call(make_problem((14, 14), (7, 7), batch=4)))
+            except (EmulationError, AssertionError):
+                return
+    pytest.fail(f"nobody noticed: {mistake}")
