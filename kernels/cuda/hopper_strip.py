@@ -1,4 +1,4 @@
-"""`hopper_strip`: small sliding 2-D windows on sm_90a, forward: tensor copies and wgmma. src/hopper_strip_forward.cuh.
+"""`hopper_strip`: small sliding 2-D windows on sm_90a, forward, by tensor copies; see src/hopper_strip_forward.cuh.
 
 Blocks stay on their SM and walk down strips of maps, each of one head. So this family is for many maps; `strip` serves
 the others, and all that row blocks of 8 rows do not suit.
@@ -6,15 +6,17 @@ the others, and all that row blocks of 8 rows do not suit.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from kernels.backend import BoundForward, Operands
-from kernels.cuda import bound, runtime
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, pack_geometry
+from kernels.cuda import bound, runtime, tuning
+from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, address, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
 from kernels.cuda.hopper_tiles import why_not_tensor
@@ -23,7 +25,7 @@ from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.problem import Axis, Problem
 
-WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", blocks=INT, count=INT, strips=INT, steps=INT)
+WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
 HOPPER_STRIP_FORWARD = Struct(
     "HopperStripForwardArguments",
     "src/hopper_strip_forward.cuh",
@@ -47,6 +49,7 @@ LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
+OTHER_WARPS = {32: 19, 64: 11}  # by head_dim: five of 96 registers, three of 168
 LEAST_SHARE = 0.75
 """Of the time, that SMs must be busy: below, blocks that do not stay win."""
 
@@ -111,7 +114,7 @@ def why_no_shape(problem: Problem) -> str | None:
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
     length, window = problem.axes[0].length, problem.axes[0].window
-    if not suits(length, window):
+    if not suits(length, window) and not is_whole(length, window):
         return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
     return None
 
@@ -119,6 +122,11 @@ def why_no_shape(problem: Problem) -> str | None:
 def suits(length: int, window: int) -> bool:
     """Whether the windows of every 8 rows of queries lie within their two row blocks."""
     return length % SIDE == 0 or length % SIDE > window // 2
+
+
+def is_whole(length: int, window: int) -> bool:
+    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
+    return SIDE < length < SIDE + window
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -151,7 +159,8 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     column = SIDE * problem.head_dim * 2
     rows, columns = problem.window
     block = strip.maps * (strip.columns + columns - 1) * column
-    bias = rows * 2 * columns * (3 * SIDE - 2) * 8 + 3 * 32 * 4
+    entries = 3 * SIDE - 2 + (SIDE if is_whole(problem.space[0], rows) else 0)
+    bias = rows * 2 * columns * entries * 8 + 3 * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
 
@@ -172,7 +181,9 @@ def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tupl
     """StripWalks, and the grid."""
     strips, count = _walks(problem, strip)
     blocks = _blocks(problem, strip, device)
-    packed = WALKS.pack(blocks=blocks, count=count, strips=strips, steps=-(-problem.space[0] // SIDE))
+    packed = WALKS.pack(
+        entries=count // strips, at_once=blocks // strips, strips=strips, steps=-(-problem.space[0] // SIDE)
+    )
     return packed, problem.heads * blocks
 
 
@@ -184,6 +195,7 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
         problem.has_rpb,
         problem.head_dim,
         *problem.window,
+        is_whole(problem.space[0], problem.window[0]),
         strip.columns,
         strip.maps,
         strip.warps,
@@ -200,24 +212,58 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
     )
 
 
+def candidate_strips(problem: Problem, device: DeviceProperties) -> list[Strip]:
+    """What `choose_strip` takes; then more warps of fewer registers, or at head_dim 64 fewer of more."""
+    guess = choose_strip(problem, device)
+    assert guess is not None, "why_not accepts the problem"
+    return [guess, replace(guess, warps=OTHER_WARPS[problem.head_dim])]
+
+
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
     device = runtime.properties(problem.device)
-    strip = choose_strip(problem, device)
-    assert strip is not None, "why_not accepts the problem"
-    walks, grid = pack_walks(problem, strip, device)
-    packed = HOPPER_STRIP_FORWARD.pack(
-        geometry=pack_geometry(problem),
-        walks=walks,
-        inverse_scale=1.0 / problem.scale,
-        scale_log2e=problem.scale * LOG2_E,
+
+    def launch_of(strip: Strip) -> Callable[..., None]:
+        walks, grid = pack_walks(problem, strip, device)
+        packed = HOPPER_STRIP_FORWARD.pack(
+            geometry=pack_geometry(problem),
+            walks=walks,
+            inverse_scale=1.0 / problem.scale,
+            scale_log2e=problem.scale * LOG2_E,
+        )
+        launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
+        halo = problem.window[1] - 1
+        columns = (strip.columns, strip.columns + halo, strip.columns + halo)
+        tensors = (operands.query, operands.key, operands.value)
+        maps = [map_rows(problem, t, width, strip.maps) for t, width in zip(tensors, columns, strict=True)]
+        return bind(launch, problem, maps)
+
+    @functools.cache
+    def tried() -> tuple[Tensor | None, ...]:
+        """What candidates read and write: one set of results for all, for memory may be short."""
+        rpb = None if operands.rpb is None else operands.rpb.contiguous()
+        results = (new_result() for new_result in bound.new_results(problem))
+        return operands.query, operands.key, operands.value, *results, rpb
+
+    def start(strip: Strip) -> Callable[[], object]:
+        launch = launch_of(strip)
+        return lambda: launch(*map(address, tried()))
+
+    candidates = candidate_strips(problem, device)
+    strip = tuning.choose(
+        _tuned_as(problem), candidates, problem.device, lambda strip: source_of(problem, strip), start
     )
-    launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
-    width = strip.columns
-    widths = (width, width + problem.window[1] - 1, width + problem.window[1] - 1)
-    tensors = (operands.query, operands.key, operands.value)
-    maps = [map_rows(problem, tensor, columns, strip.maps) for tensor, columns in zip(tensors, widths, strict=True)]
-    return bound.forward(problem, bind(launch, problem, maps))
+    return bound.forward(problem, launch_of(strip))
+
+
+def _tuned_as(problem: Problem) -> str:
+    """What the best strip depends on, sizes of the batch to a factor of two."""
+    (height, width), (rows, columns) = problem.space, problem.window
+    bias = f"{problem.rpb_dtype} bias" if problem.has_rpb else "no bias"
+    return (
+        f"hopper_strip_forward: {height} x {width}, window {rows} x {columns}, head_dim {problem.head_dim}, "
+        f"{problem.dtype}, {bias}, 2^{round(math.log2(problem.batch * problem.heads))} maps"
+    ).replace("torch.", "")
 
 
 def representative_sources() -> Iterable[KernelSource]:

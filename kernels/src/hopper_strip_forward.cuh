@@ -21,14 +21,14 @@ struct HopperStripForwardArguments {
   float inverse_scale, scale_log2e;
 };
 
-// COLUMNS: of a strip, even. MAPS: whose strips are side by side in a row block, where a map is one strip. WARPS: that multiply. STAGES: row
+// WHOLE: a map's rows are those of two row blocks. COLUMNS: of a strip, even. MAPS: whose strips are side by side in a row block, where a map is one strip. WARPS: that multiply. STAGES: row
 // blocks in shared memory, QUERY_STAGES: steps of queries.
-template <class T, class Rpb_, bool HAS_RPB_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int COLUMNS_, int MAPS_, int WARPS_,
-          int STAGES_, int QUERY_STAGES_>
+template <class T, class Rpb_, bool HAS_RPB_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, bool WHOLE_, int COLUMNS_, int MAPS_,
+          int WARPS_, int STAGES_, int QUERY_STAGES_>
 struct HopperStripForwardConfig {
   using Element = T;
   using Rpb = Rpb_;
-  static constexpr bool HAS_RPB = HAS_RPB_;
+  static constexpr bool HAS_RPB = HAS_RPB_, WHOLE = WHOLE_;
   static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
   static constexpr int COLUMNS = COLUMNS_, MAPS = MAPS_, WARPS = WARPS_, STAGES = STAGES_, QUERY_STAGES = QUERY_STAGES_;
   static constexpr int ABOVE = WINDOW_ROWS / 2, LEFT = WINDOW_COLUMNS / 2;
@@ -44,7 +44,7 @@ struct HopperStripForwardConfig {
 template <class Config>
 struct HopperStripForward {
   using T = typename Config::Element;
-  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS>;
+  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS, Config::WHOLE>;
   static constexpr int D = Config::HEAD_DIM, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, KEYS = Config::KEYS;
   static constexpr int WARPS = Config::WARPS, STAGES = Config::STAGES, QUERY_STAGES = Config::QUERY_STAGES;
   static constexpr int ALL_CONSUMERS = 1;  // a named barrier
@@ -59,29 +59,29 @@ struct HopperStripForward {
 
   const HopperStripForwardArguments& args;
   Shared& shared;
-  const int head, member;  // the block's head, and its number among the blocks of that head
+  const int head;
+  StripWalk walk;
 
   FASTNA_DEVICE HopperStripForward(const HopperStripForwardArguments& args_, Shared& shared_)
-      : args(args_), shared(shared_), head(block_index() % args_.geometry.heads), member(block_index() / args_.geometry.heads) {}
+      : args(args_), shared(shared_), head(block_index() % args_.geometry.heads), walk(args_.walks, block_index() / args_.geometry.heads) {}
 
   // One thread. The queries of a step come behind its first row block: were they first, they could wait for a step that lacks its second one.
   FASTNA_DEVICE void produce() {
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
-    StripWalk walk;
-    for (int round = 0; walk.template find<Config::COLUMNS, Config::MAPS>(args.walks, member, round); ++round) {
-      const int column = walk.first_column;
-      for (int block = 0; block <= args.walks.steps; ++block) {
-        const int row = block * TILE_SIDE;
+    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+      const int column = walk.strip * Config::COLUMNS, batch = walk.entry * Config::MAPS;
+      for (int block = 0; block < args.walks.steps + (Config::WHOLE ? 0 : 1); ++block) {
+        const int row = block * TILE_SIDE, key_row = Config::WHOLE ? row : row - Config::ABOVE;
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(shared.full[at.slot], 2 * Config::BLOCK_BYTES);
-        copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, row - Config::ABOVE, column - Config::LEFT, 0, walk.batch);
-        copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, row - Config::ABOVE, column - Config::LEFT, 0, walk.batch);
+        copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, batch);
+        copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, batch);
         at.advance();
         if (block == args.walks.steps) break;
         barrier_wait(shared.query_empty[query_at.slot], query_at.parity ^ 1);
         barrier_expect(shared.query_full[query_at.slot], Config::QUERY_BYTES);
-        copy_box(shared.query[query_at.slot], args.query, shared.query_full[query_at.slot], head * D, row, column, 0, walk.batch);
+        copy_box(shared.query[query_at.slot], args.query, shared.query_full[query_at.slot], head * D, row, column, 0, batch);
         query_at.advance();
       }
     }
@@ -95,10 +95,8 @@ struct HopperStripForward {
     const u32 map_tokens = rows * columns * heads;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * Table::LINES);
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, WARPS * WARP);
-    if (warp < 3) {
-      const int row = (warp == 0 ? 0 : steps - 1) * TILE_SIDE + lane / 4;
-      shared.own_bias[warp][lane] = Table::lane_offset(lane) + (warp == 1 ? Config::ABOVE * Table::SHIFT : Table::shift_offset(row, rows));
-    }
+    // A step between the first and the last one is like the second one of a map that goes on.
+    if (warp < 3) shared.own_bias[warp][lane] = Table::lane_offset(lane, warp == 0 ? 0 : warp == 1 ? 1 : steps - 1, warp == 1 ? 1 << 20 : rows);
     named_barrier(ALL_CONSUMERS, WARPS * WARP);
 
     const auto release = [&](MemoryBarrier& barrier) {
@@ -106,31 +104,34 @@ struct HopperStripForward {
     };
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
-    StripWalk walk;
     int pair = warp;
-    for (int round = 0; walk.template find<Config::COLUMNS, Config::MAPS>(args.walks, member, round); ++round) {
-      const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - walk.first_column), 2);
+    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+      const int first_column = walk.strip * Config::COLUMNS, batch = walk.entry * Config::MAPS;
+      const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - first_column), 2);
       int row = 0;  // of the map; `token` is the number of the one there in the strip's first column, among all tokens and heads
-      u32 token = walk.batch * map_tokens + walk.first_column * heads + head;
+      u32 token = batch * map_tokens + first_column * heads + head;
       barrier_wait(shared.full[at.slot], at.parity);
+      RingPosition<STAGES> above = at;
       for (int step = 0; step < steps; ++step) {
-        const RingPosition<STAGES> above = at;
-        at.advance();
-        barrier_wait(shared.full[at.slot], at.parity);
+        if (!Config::WHOLE || step == 0) {
+          above = at;
+          at.advance();
+          barrier_wait(shared.full[at.slot], at.parity);
+        }
         barrier_wait(shared.query_full[query_at.slot], query_at.parity);
         if (pair < pairs) {
           const int own = shared.own_bias[step == 0 ? 0 : step < steps - 1 ? 1 : 2][lane];
 #pragma unroll 1
           for (; pair < pairs; pair += WARPS) {
             const int map = Config::MAPS > 1 ? pair / (Config::COLUMNS / 2) : 0;
-            if (Config::MAPS > 1 && walk.batch + map >= geometry.batch) continue;
-            attend(own, walk.first_column, 2 * pair - map * Config::COLUMNS, map, above.slot, at.slot, query_at.slot, token + map * map_tokens, rows - row);
+            if (Config::MAPS > 1 && batch + map >= geometry.batch) continue;
+            attend(own, first_column, 2 * pair - map * Config::COLUMNS, map, above.slot, at.slot, query_at.slot, token + map * map_tokens, rows - row);
           }
         }
         pair -= pairs;
         sync_warp();
         release(shared.query_empty[query_at.slot]);
-        release(shared.empty[above.slot]);
+        if (!Config::WHOLE || step == steps - 1) release(shared.empty[above.slot]);
         query_at.advance();
         row += TILE_SIDE;
         token += TILE_SIDE * columns * heads;

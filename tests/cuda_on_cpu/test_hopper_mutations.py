@@ -119,10 +119,7 @@ JOINT_MUTATIONS: dict[str, list[tuple[str, str]]] = {
 
 STRIP_MUTATIONS: dict[str, list[tuple[str, str]]] = {
     "row blocks not waited for": [
-        (
-            "        barrier_wait(shared.full[at.slot], at.parity);\n        barrier_wait(shared.query",
-            "        barrier_wait(shared.query",
-        )
+        ("          barrier_wait(shared.full[at.slot], at.parity);\n        }", "        }"),
     ],
     "queries not waited for": [("        barrier_wait(shared.query_full[query_at.slot], query_at.parity);\n", "")],
     "row blocks overwritten while the next step needs them": [
@@ -190,7 +187,7 @@ def test_broken_joint_gradients_are_caught(mistake: str, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("mistake", STRIP_MUTATIONS)
 def test_a_broken_strip_is_caught(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_kernel("src/hopper_strip_forward.cuh", STRIP_MUTATIONS[mistake], tmp_path, monkeypatch)
-    problem = make_strip_problem((14, 14), (7, 7), batch=8, dtype=torch.float16)
+    problem = make_strip_problem((20, 14), (7, 7), batch=8, dtype=torch.float16)
     for seed in range(8):
         with use_runtime("cpu", EmulatorRuntime(seed, multiprocessors=2)):
             try:

@@ -42,7 +42,9 @@ def check_large_scores(dtype: torch.dtype) -> None:
     assert_forward(problem, dataclasses.replace(operands, query=operands.query * (8 if dtype == torch.float16 else 32)))
 
 
-@pytest.mark.parametrize("space", [(14, 14), (8, 16), (24, 12), (16, 28), (21, 22), (12, 8), (13, 7)])
+@pytest.mark.parametrize(
+    "space", [(14, 14), (8, 16), (24, 12), (16, 28), (21, 22), (12, 8), (13, 7), (9, 14), (15, 14)]
+)
 def test_borders(emulator: EmulatorRuntime, space: tuple[int, int]) -> None:
     problem = make_problem(space, (7, 7))
     assert_forward(problem, make_operands(problem))
@@ -175,11 +177,18 @@ def test_who_serves(length: int, heads: int, head_dim: int, batch: int, family: 
     with use_runtime("cpu", DryRuntime()):
         assert fused.forward_families.__wrapped__(problem)[0] is family
         if family is hopper_strip:
-            chosen = hopper_strip.choose_strip(problem, HOPPER)
-            assert chosen is not None
+            chosen, other = hopper_strip.candidate_strips(problem, HOPPER)
+            assert chosen == hopper_strip.choose_strip(problem, HOPPER) != other
             assert hopper_strip.shared_bytes(problem, chosen) <= HOPPER.shared_memory
             _, grid = hopper_strip.pack_walks(problem, chosen, HOPPER)
             assert 0.9 * HOPPER.multiprocessors < grid <= HOPPER.multiprocessors
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_other_numbers_of_warps(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    monkeypatch.setattr(hopper_strip, "WARPS", hopper_strip.OTHER_WARPS[head_dim])
+    problem = make_problem((20, 14), (7, 7), head_dim=head_dim, batch=2)
+    assert_forward(problem, make_operands(problem))
 
 
 @pytest.mark.parametrize(

@@ -56,21 +56,19 @@ struct RingPosition {
 // How walks are dealt out. A block keeps to one head; blocks of neighbouring numbers take neighbouring heads of the same batch entry, and
 // strips of the same map, at the same time: they share sectors of DRAM, and the halo in L2.
 struct StripWalks {
-  int blocks;  // of one head: a multiple of `strips`
-  int count;   // walks of one head: strips of one or several batch entries
+  int entries, at_once;  // batch entries, or as many maps as lie side by side; and how many of them a head's blocks take at the same time
   int strips, steps;
 };
 struct StripWalk {
-  int batch, first_column;  // the first batch entry
+  int entry, strip;
 
-  // Number `round` of the block's; false where there is none. Strips take turns, for the last one may be narrower.
-  template <int COLUMNS, int MAPS>
-  FASTNA_DEVICE bool find(const StripWalks& walks, int member, int round) {
-    const u32 number = round * walks.blocks + member, strips = walks.strips;
-    if (number >= static_cast<u32>(walks.count)) return false;
-    batch = static_cast<int>(number) * MAPS, first_column = 0;
-    if (MAPS == 1 && strips > 1) batch = static_cast<int>(number / strips), first_column = static_cast<int>((number + round) % strips) * COLUMNS;
-    return true;
+  // Of number `member` of a head's blocks. All threads of a warp call: shuffles tell the compiler that it is the same for them.
+  FASTNA_DEVICE StripWalk(const StripWalks& walks, int member) : entry(shuffle(member / walks.strips, 0)), strip(shuffle(member % walks.strips, 0)) {}
+  FASTNA_DEVICE bool exists(const StripWalks& walks) const { return entry < walks.entries; }
+  // Strips take turns, for the last one may be narrower.
+  FASTNA_DEVICE void advance(const StripWalks& walks) {
+    entry += walks.at_once;
+    if (++strip == walks.strips) strip = 0;
   }
 };
 
@@ -83,20 +81,22 @@ FASTNA_DEVICE int window_begin(int position, int length) {
 // Bias and mask as accumulators of queries hold them: entry i of a line is {B(dr, dc), B(dr + 1, dc)} with dr = i - 7 - ABOVE, where dr, dc =
 // key - query. Lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line dc. There is a table for every
 // shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN, and so is all of a first line.
-template <int WINDOW_ROWS, int WINDOW_COLUMNS>
+// WHOLE: the two row blocks are rows 0 to 15 of the map, for both steps; step s takes entries ABOVE - 8 s further.
+template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool WHOLE = false>
 struct StripTable {
   static constexpr int ABOVE = WINDOW_ROWS / 2;
-  static constexpr int ENTRIES = 3 * TILE_SIDE - 2, LINE = ENTRIES * 8;
+  static constexpr int BEFORE = WHOLE ? TILE_SIDE - ABOVE : 0;  // entries, that only the second step takes
+  static constexpr int ENTRIES = 3 * TILE_SIDE - 2 + (WHOLE ? TILE_SIDE : 0), LINE = ENTRIES * 8;
   static constexpr int LINES = 2 * WINDOW_COLUMNS - 1;
   static constexpr int SHIFT = (1 + LINES) * LINE;  // bytes from a shift to the next
   static constexpr int BYTES = WINDOW_ROWS * SHIFT;
 
-  static FASTNA_DEVICE int lane_offset(int lane) { return (2 * (lane & 3) - (lane >> 2) + TILE_SIDE - 1) * 8; }
   static FASTNA_DEVICE int line_offset(int dc) { return (dc + WINDOW_COLUMNS) * LINE; }
-  // Of the query at `row` of `rows`: finite whatever the row.
-  static FASTNA_DEVICE int shift_offset(int row, int rows) {
-    const int shift = window_begin<WINDOW_ROWS>(row, rows) - (row - ABOVE);
-    return minimum(maximum(shift + ABOVE, 0), WINDOW_ROWS - 1) * SHIFT;
+  // A lane's entries for its query in step `step` of a map of `rows` rows; beyond the map those of the last row.
+  static FASTNA_DEVICE int lane_offset(int lane, int step, int rows) {
+    const int row = minimum(step * TILE_SIDE + lane / 4, rows - 1), shift = window_begin<WINDOW_ROWS>(row, rows) - (row - ABOVE);
+    const int entry = BEFORE + 2 * (lane % 4) - (row - step * TILE_SIDE) + TILE_SIDE - 1 + (WHOLE ? ABOVE - step * TILE_SIDE : 0);
+    return (shift + ABOVE) * SHIFT + entry * 8;
   }
 
   // Fills the table (aligned to 8) of one head, whose bias is [2 WINDOW_ROWS - 1, 2 WINDOW_COLUMNS - 1], times `factor`; nothing is read without
@@ -104,7 +104,7 @@ struct StripTable {
   template <bool HAS_RPB, class Rpb>
   static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float factor, int thread, int threads) {
     for (int i = thread; i < SHIFT / 8; i += threads) {
-      const int line = i / ENTRIES - 1, first = i % ENTRIES - (TILE_SIDE - 1) - ABOVE;  // dr
+      const int line = i / ENTRIES - 1, first = i % ENTRIES - BEFORE - (TILE_SIDE - 1) - ABOVE;  // dr
       float value[2] = {0.0f, 0.0f};
       FASTNA_UNROLL
       for (int k = 0; k < 2; ++k) {
