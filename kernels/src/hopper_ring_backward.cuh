@@ -146,21 +146,22 @@ struct HopperRingBackward {
 
   // ---- What brings row blocks
 
-  // One thread.
+  // A warp, of which one thread copies.
   FASTNA_DEVICE void produce() const {
     Position at;
-    StripWalk walk;
-    for (int round = 0; walk.template find<Config::STRIP, 1>(args.walks, member, round); ++round) {
-      const int column = origin(walk.first_column);
+    StripWalk walk(args.walks, member);
+    if (lane_index() != 0) return;
+    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+      const int column = origin(walk.strip * Config::STRIP);
       for (int block = 0; block <= args.walks.steps; ++block, at.advance()) {
         const int row = block * TILE_SIDE - Config::ABOVE - args.lift;
         MemoryBarrier& full = shared.full[at.slot];
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(full, RINGS * Config::BLOCK_BYTES);
-        copy_box(shared.ring[GRADS][at.slot], args.grad_output, full, head * D, column, row, 0, walk.batch);
-        copy_box(shared.ring[QUERIES][at.slot], args.query, full, head * D, column, row, 0, walk.batch);
-        copy_box(shared.ring[KEYS][at.slot], args.key, full, head * D, column, row, 0, walk.batch);
-        copy_box(shared.ring[VALUES][at.slot], args.value, full, head * D, column, row, 0, walk.batch);
+        copy_box(shared.ring[GRADS][at.slot], args.grad_output, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[QUERIES][at.slot], args.query, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[KEYS][at.slot], args.key, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[VALUES][at.slot], args.value, full, head * D, column, row, 0, walk.entry);
       }
     }
   }
@@ -172,9 +173,8 @@ struct HopperRingBackward {
     const T* const output = static_cast<const T*>(args.output) + chunk * 8;
     const float minus_inverse_scale = -1.0f / args.geometry.scale;
     Position at;
-    StripWalk walk;
-    for (int round = 0; walk.template find<Config::STRIP, 1>(args.walks, member, round); ++round) {
-      const int first_column = origin(walk.first_column);
+    for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
+      const int first_column = origin(walk.strip * Config::STRIP);
       for (int block = 0; block <= args.walks.steps; ++block, at.advance()) {
         const int first_row = block * TILE_SIDE - Config::ABOVE - args.lift;
 #pragma unroll 1
@@ -187,7 +187,7 @@ struct HopperRingBackward {
             values[n] = {0, 0, 0, 0};
             lse[n] = less[n] = 0.0f;
             if (token < Config::TOKENS && static_cast<u32>(row) < static_cast<u32>(rows()) && column < columns()) {
-              const u32 index = token_index(walk.batch, row, column);
+              const u32 index = token_index(walk.entry, row, column);
               values[n] = load_readonly(reinterpret_cast<const uint4*>(output + static_cast<u64>(index) * D));
               lse[n] = load_readonly(args.lse + index);
               if (args.grad_lse != nullptr) less[n] = load_readonly(args.grad_lse + index);
@@ -248,12 +248,11 @@ struct HopperRingBackward {
     named_barrier(CONSUMERS, THREADS);
     BiasGradient bias_gradient(shared.bias_gradient + warp * Config::OFFSETS);
     Position at;
-    StripWalk walk;
     int item = warp;
 #pragma unroll 1
-    for (int round = 0; walk.template find<Config::STRIP, 1>(args.walks, member, round); ++round) {
-      const int first_pair = walk.first_column / 2;
-      const int pairs = ceil_div(minimum(Config::STRIP, columns() - walk.first_column), 2);
+    for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
+      const int first_pair = walk.strip * (Config::STRIP / 2);
+      const int pairs = minimum(Config::STRIP / 2, ceil_div(columns(), 2) - first_pair);
       wait(at);
 #pragma unroll 1
       for (int step = 0; step < args.walks.steps; ++step) {
@@ -261,9 +260,9 @@ struct HopperRingBackward {
         at.advance();
         wait(at);
 #pragma unroll 1
-        for (; item < pairs; item += WARPS) queries(step, slot, walk.batch, first_pair + item, bias_gradient);
+        for (; item < pairs; item += WARPS) queries(step, slot, walk.entry, first_pair + item, bias_gradient);
 #pragma unroll 1
-        for (; item < 2 * pairs; item += WARPS) keys(step, slot, walk.batch, first_pair + item - pairs);
+        for (; item < 2 * pairs; item += WARPS) keys(step, slot, walk.entry, first_pair + item - pairs);
         item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
         release(shared.empty[slot]);
       }
@@ -572,8 +571,8 @@ FASTNA_DEVICE void hopper_ring_backward(const HopperRingBackwardArguments& args)
   const int warp = warp_index();
   if (warp < 4) {
     shrink_registers<Config::PRODUCER_REGISTERS>();
-    if (thread_index() == 0) Kernel(args, shared).produce();
-    if (warp > 0) Kernel(args, shared).measure(warp_index() - 1);
+    if (warp == 0) Kernel(args, shared).produce();
+    else Kernel(args, shared).measure(warp_index() - 1);
   } else {
     grow_registers<Config::CONSUMER_REGISTERS>();
     Kernel(args, shared).consume(warp_index() - 4);
