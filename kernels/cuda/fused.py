@@ -3,8 +3,8 @@
 Families, in order; each may serve the forward pass, the backward pass, or both:
   dense    windows that hold the whole map: PyTorch's own attention
   block    dense dilation groups of few tokens: one fixed bias, no mask
-  hopper_strip  small sliding 2-D windows of many maps, on devices of compute capability 9.0 (hopper_ring_backward: their
-           gradients; hopper_strip_backward: of wide heads without a bias)
+  hopper_strip  small sliding 2-D windows of many maps, on devices of compute capability 9.0 (hopper_ring_backward:
+           their gradients; hopper_strip_backward: of wide heads without a bias)
   strip    small sliding 2-D windows
   hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients; hopper_joint: faster,
            where they need not be the same bits every time)
