@@ -339,7 +339,7 @@ struct HopperRingBackward {
     const int entry = minimum(maximum(column_offset + Config::WINDOW_COLUMNS, 0), Config::BIAS_LINE - 1);
     return shared.bias + line * Config::BIAS_LINE + entry;
   }
-  // After how many rows of a sweep the ring begins anew; none where it does not.
+  // After how many rows of a sweep the ring begins anew; never where it does not, or has before the first.
   FASTNA_DEVICE static int rows_to_wrap(int slot, int begin) { return slot == Config::SLOTS - 1 ? TILE_SIDE - begin : 0; }
   FASTNA_DEVICE static void start_from(float (&s)[4], float4 initial) { s[0] = initial.x, s[1] = initial.y, s[2] = initial.z, s[3] = initial.w; }
 
@@ -368,7 +368,7 @@ struct HopperRingBackward {
       const int stored = sweep->stored, distance = stored - sweep->upper;
       const uint2 columns = sweep->masks[q];
       more = sweep->more != 0;
-      Right right(shared_address(shared.ring), slot * TILE_SIDE + key_rows.begin, stored, false);
+      Right right(shared_address(shared.ring), ring_row(slot, key_rows.begin), stored, false);
       const int offset = key_rows.begin - Config::ABOVE;
       const float4* initial = bias(offset - g, distance + 2 * q);
       if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(offset + Config::WINDOW_ROWS - 1, distance);
@@ -427,7 +427,7 @@ struct HopperRingBackward {
       const int stored = sweep->stored, local_low = stored + 7 - 2 * q;
       const uint2 columns = sweep->masks[q];
       more = sweep->more != 0;
-      const int row = slot * TILE_SIDE + query_rows.begin;
+      const int row = ring_row(slot, query_rows.begin);
       u32 statistics = shared_address(shared.statistics + (row + (lane_index() >> 3 & 1)) * COLUMNS + stored + 7 - (lane_index() & 7));
       Right right(shared_address(shared.ring), row, stored, true);
       const float4* initial = bias(g - (query_rows.begin - Config::ABOVE), sweep->lower + 1 - local_low);

@@ -57,6 +57,13 @@ def test_walks(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, slots
     assert_gradients(make_call(make_problem((14, 28), (7, 7), batch=5)))
 
 
+@pytest.mark.parametrize("length", [9, 10, 11])
+def test_steps_that_begin_before_the_map(length: int) -> None:
+    """What the first rows see then lies in the second of a step's row blocks, which may be the ring's first."""
+    with use_runtime("cpu", EmulatorRuntime(2, multiprocessors=1)):
+        assert_gradients(make_call(make_problem((length, 12), (7, 5), heads=1, batch=6)))
+
+
 def test_same_bits_twice(emulator: EmulatorRuntime) -> None:
     call = make_call(make_problem((14, 14), (7, 7), batch=6))
     first, second = call.run(), call.run()
