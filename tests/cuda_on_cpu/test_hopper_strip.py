@@ -52,9 +52,8 @@ def test_borders(emulator: EmulatorRuntime, space: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("window", [(3, 3), (5, 5), (7, 3), (3, 7), (5, 7)])
 def test_windows(emulator: EmulatorRuntime, window: tuple[int, int]) -> None:
-    for space in ((16, 12), (12, 15)):
-        problem = make_problem(space, window, heads=1)
-        assert_forward(problem, make_operands(problem))
+    problem = make_problem((12, 15), window, heads=1)
+    assert_forward(problem, make_operands(problem))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
