@@ -19,10 +19,12 @@ from kernels.backend import BoundBackward, Operands
 from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, Struct, pack_geometry
 from kernels.cuda.bound import Launch
+from kernels.cuda.dry import HOPPER
 from kernels.cuda.hopper_launch import KEPT_MAPS, TENSOR_MAP, MapOf
 from kernels.cuda.hopper_strip import WALKS, why_no_shape
 from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
 from kernels.problem import Axis, Problem
 
@@ -250,38 +252,17 @@ def source_of(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> KernelSou
 
 def representative_sources() -> Iterable[KernelSource]:
     """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases; sm_90a only."""
-    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
 
-    def source(
-        length: int,
-        dtype: torch.dtype,
-        *,
-        head_dim: int = 32,
-        window: int = 7,
-        rpb: bool = True,
-        needs_rpb_grad: bool = True,
-    ) -> KernelSource:
-        problem = Problem(
-            batch=128,
-            axes=(Axis(length, window),) * 2,
-            heads=112 // length,
-            key_heads=112 // length,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            scale=head_dim**-0.5,
-            dtype=dtype,
-            device=torch.device("cuda"),
-            rpb_dtype=torch.float32 if rpb else None,
-        )
-        strip = choose_strip(problem, rpb, device)
+    def source(problem: Problem, needs_rpb_grad: bool = True) -> KernelSource:
+        strip = choose_strip(problem, problem.has_rpb, HOPPER)
         assert strip is not None, "its rings fit"
-        return source_of(problem, strip, rpb and needs_rpb_grad)
+        return source_of(problem, strip, problem.has_rpb and needs_rpb_grad)
 
     for length in (56, 28, 14):
-        yield source(length, torch.bfloat16)
-    yield source(28, torch.float16)
-    yield source(14, torch.bfloat16, head_dim=64)
-    yield source(56, torch.bfloat16, rpb=False)
-    yield source(28, torch.bfloat16, needs_rpb_grad=False)
-    yield source(28, torch.bfloat16, window=5)
-    yield source(28, torch.bfloat16, window=3)
+        yield source(nat_layer(length, torch.bfloat16))
+    yield source(nat_layer(28, torch.float16))
+    yield source(nat_layer(14, torch.bfloat16, head_dim=64))
+    yield source(nat_layer(56, torch.bfloat16, rpb=False))
+    yield source(nat_layer(28, torch.bfloat16), needs_rpb_grad=False)
+    yield source(nat_layer(28, torch.bfloat16, window=5))
+    yield source(nat_layer(28, torch.bfloat16, window=3))

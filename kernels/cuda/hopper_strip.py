@@ -18,12 +18,14 @@ from kernels.backend import BoundForward, Operands
 from kernels.cuda import bound, runtime, tuning
 from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, address, pack_geometry
 from kernels.cuda.bound import Launch
+from kernels.cuda.dry import HOPPER
 from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
 from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
-from kernels.problem import Axis, Problem
+from kernels.problem import Problem
 
 WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
 HOPPER_STRIP_FORWARD = Struct(
@@ -268,31 +270,14 @@ def _tuned_as(problem: Problem) -> str:
 
 def representative_sources() -> Iterable[KernelSource]:
     """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases; sm_90a only."""
-    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
-
-    def source(
-        length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True
-    ) -> KernelSource:
-        problem = Problem(
-            batch=128,
-            axes=(Axis(length, window),) * 2,
-            heads=112 // length,
-            key_heads=112 // length,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            scale=head_dim**-0.5,
-            dtype=dtype,
-            device=torch.device("cuda"),
-            rpb_dtype=torch.float32 if rpb else None,
-        )
-        strip = choose_strip(problem, device)
+    for problem in (
+        *(nat_layer(length, torch.bfloat16) for length in (56, 28, 14)),
+        nat_layer(28, torch.float16),
+        nat_layer(14, torch.bfloat16, head_dim=64),
+        nat_layer(56, torch.bfloat16, rpb=False),
+        nat_layer(28, torch.bfloat16, window=5),
+        nat_layer(28, torch.bfloat16, window=3),
+    ):
+        strip = choose_strip(problem, HOPPER)
         assert strip is not None, "its rings fit"
-        return source_of(problem, strip)
-
-    for length in (56, 28, 14):
-        yield source(length, torch.bfloat16)
-    yield source(28, torch.float16)
-    yield source(14, torch.bfloat16, head_dim=64)
-    yield source(56, torch.bfloat16, rpb=False)
-    yield source(28, torch.bfloat16, window=5)
-    yield source(28, torch.bfloat16, window=3)
+        yield source_of(problem, strip)

@@ -30,9 +30,11 @@ from kernels.cuda.arguments import (
     why_not_near,
 )
 from kernels.cuda.bound import Launch
+from kernels.cuda.dry import HOPPER
 from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.problem import Axis, Problem
+from kernels.problem import Problem
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (32, 64)
@@ -321,30 +323,15 @@ def _shared_bytes(problem: Problem, tile: Tile) -> int:
 
 def representative_sources() -> Iterable[KernelSource]:
     """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases."""
-    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
 
-    def source(
-        length: int, dtype: torch.dtype, *, head_dim: int = 32, window: int = 7, rpb: bool = True, candidate: int = 0
-    ) -> KernelSource:
-        problem = Problem(
-            batch=128,
-            axes=(Axis(length, window),) * 2,
-            heads=112 // length,
-            key_heads=112 // length,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            scale=head_dim**-0.5,
-            dtype=dtype,
-            device=torch.device("cuda"),
-            rpb_dtype=torch.float32 if rpb else None,
-        )
-        return plan(problem, candidate_tiles(problem, device)[candidate]).source
+    def source(problem: Problem, candidate: int = 0) -> KernelSource:
+        return plan(problem, candidate_tiles(problem, HOPPER)[candidate]).source
 
     for length in (56, 28, 14):
-        yield source(length, torch.bfloat16)
-        yield source(length, torch.bfloat16, candidate=1)
-    yield source(28, torch.float16)
-    yield source(14, torch.bfloat16, head_dim=64)
-    yield source(14, torch.bfloat16, head_dim=64, candidate=1)
-    yield source(56, torch.bfloat16, rpb=False)
-    yield source(28, torch.bfloat16, window=5)
+        yield source(nat_layer(length, torch.bfloat16))
+        yield source(nat_layer(length, torch.bfloat16), candidate=1)
+    yield source(nat_layer(28, torch.float16))
+    yield source(nat_layer(14, torch.bfloat16, head_dim=64))
+    yield source(nat_layer(14, torch.bfloat16, head_dim=64), candidate=1)
+    yield source(nat_layer(56, torch.bfloat16, rpb=False))
+    yield source(nat_layer(28, torch.bfloat16, window=5))

@@ -31,7 +31,9 @@ from kernels.cuda.arguments import (
     why_not_near,
 )
 from kernels.cuda.bound import Launch
+from kernels.cuda.dry import HOPPER
 from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import BLOCK_RESERVE, DTYPES, GRID, HEAD_DIMS, SMALLEST_SCALE, pack_grid
 from kernels.problem import Axis, Problem
@@ -344,38 +346,17 @@ def _instructions(problem: Problem, tile: Tile) -> float:
 
 def representative_sources() -> Iterable[KernelSource]:
     """The sliding layers of the published models (kernel size 7, with bias) and neighbouring cases, on Hopper."""
-    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
 
-    def source(
-        length: int,
-        dtype: torch.dtype,
-        *,
-        head_dim: int = 32,
-        window: int = 7,
-        rpb: bool = True,
-        needs_rpb_grad: bool = True,
-    ) -> KernelSource:
-        problem = Problem(
-            batch=128,
-            axes=(Axis(length, window),) * 2,
-            heads=2,
-            key_heads=2,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            scale=head_dim**-0.5,
-            dtype=dtype,
-            device=torch.device("cuda"),
-            rpb_dtype=torch.float32 if rpb else None,
-        )
-        needs_rpb_grad = rpb and needs_rpb_grad
-        tile = choose_tile(problem, needs_rpb_grad, device)
+    def source(problem: Problem, needs_rpb_grad: bool = True) -> KernelSource:
+        needs_rpb_grad = problem.has_rpb and needs_rpb_grad
+        tile = choose_tile(problem, needs_rpb_grad, HOPPER)
         assert tile is not None
         return plan(problem, tile, needs_rpb_grad).source
 
     for length in (56, 14):
-        yield source(length, torch.bfloat16)
-    yield source(28, torch.float16)
-    yield source(14, torch.bfloat16, head_dim=64)
-    yield source(56, torch.bfloat16, rpb=False)
-    yield source(28, torch.bfloat16, needs_rpb_grad=False)
-    yield source(28, torch.bfloat16, window=5)
+        yield source(nat_layer(length, torch.bfloat16))
+    yield source(nat_layer(28, torch.float16))
+    yield source(nat_layer(14, torch.bfloat16, head_dim=64))
+    yield source(nat_layer(56, torch.bfloat16, rpb=False))
+    yield source(nat_layer(28, torch.bfloat16), needs_rpb_grad=False)
+    yield source(nat_layer(28, torch.bfloat16, window=5))
