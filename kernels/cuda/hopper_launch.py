@@ -87,22 +87,25 @@ def map_additional(problem: Problem, tensor: Tensor | None, tiles: Tiles) -> Map
     return no_map if tensor is None else _map(problem, tensor, (1, 1, math.prod(tiles.columns)), (1,))
 
 
-def map_rows(problem: Problem, tensor: Tensor, columns: int, entries: int = 1) -> MapOf:
+def map_row_blocks(
+    problem: Problem, tensor: Tensor, columns: int, entries: int = 1, *, column_by_column: bool = False
+) -> MapOf:
     """Maps for copies of 8 rows by `columns` columns of one head of `[batch, rows, columns, heads, channels]`, of as
     many batch entries.
 
-    In shared memory a column's rows lie together: see include/fastna/hopper_strip.cuh. Place is (channel, row, column,
-    0, batch).
+    In shared memory tokens lie row by row, and a place is (channel, column, row, 0, batch); or column by column, and it
+    is (channel, row, column, 0, batch). The head is in the channel.
     """
     batch, rows, width, heads, channels = tensor.shape
     steps = tensor.stride()
     batch_step = steps[0] if batch > 1 else max(steps[0], 8)
-    sizes = [(heads - 1) * steps[3] + channels, rows, width, 1, batch]
-    outer = [steps[1], steps[2], batch_step, batch_step]
+    axes = [(width, steps[2], columns), (rows, steps[1], 8)]
+    inner, outer = reversed(axes) if column_by_column else axes
+    sizes = [(heads - 1) * steps[3] + channels, inner[0], outer[0], 1, batch]
+    strides = [inner[1], outer[1], batch_step, batch_step]
+    box = (channels, inner[2], outer[2], 1, entries)
     swizzle = channels * tensor.element_size()
-    encode = runtime.tensor_map_encoder(
-        problem.device, tensor.dtype, sizes, outer, (channels, 8, columns, 1, entries), (1,) * 5, swizzle
-    )
+    encode = runtime.tensor_map_encoder(problem.device, tensor.dtype, sizes, strides, box, (1,) * 5, swizzle)
     return functools.lru_cache(maxsize=KEPT_MAPS)(encode)
 
 

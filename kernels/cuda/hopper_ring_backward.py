@@ -20,7 +20,7 @@ from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, Struct, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.dry import HOPPER
-from kernels.cuda.hopper_launch import KEPT_MAPS, TENSOR_MAP, MapOf
+from kernels.cuda.hopper_launch import TENSOR_MAP, map_row_blocks
 from kernels.cuda.hopper_strip import WALKS, why_no_shape
 from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
@@ -128,29 +128,12 @@ def bind_backward(
     source, used = source_of(problem, strip, needs_rpb_grad), shared_bytes(problem, strip, needs_rpb_grad)
     start = Launch(source, problem.heads * blocks, used, packed, _set_pointers).bind(problem.device)
     tensors = (operands.query, operands.key, operands.value, grad_output)
-    query, key, value, grad = (map_row_block(problem, tensor, strip.block_columns) for tensor in tensors)
+    query, key, value, grad = (map_row_blocks(problem, tensor, strip.block_columns) for tensor in tensors)
 
     def launch(query_at: int, key_at: int, value_at: int, output_at: int, grad_at: int, *addresses: int) -> None:
         start(query(query_at), key(key_at), value(value_at), grad(grad_at), output_at, *addresses)
 
     return bound.backward(problem, launch, blocks if needs_rpb_grad else 0)
-
-
-def map_row_block(problem: Problem, tensor: Tensor, columns: int) -> MapOf:
-    """Maps for copies of 8 rows by `columns` columns of one head of `[batch, rows, columns, heads, channels]`.
-
-    Of `tensor` and all that lie like it. Place is (channel, column, row, 0, batch).
-    """
-    batch, rows, width, heads, channels = tensor.shape
-    steps = tensor.stride()
-    batch_step = steps[0] if batch > 1 else max(steps[0], 8)
-    sizes = [(heads - 1) * steps[3] + channels, width, rows, 1, batch]
-    outer = [steps[2], steps[1], batch_step, batch_step]
-    swizzle = channels * tensor.element_size()
-    encode = runtime.tensor_map_encoder(
-        problem.device, tensor.dtype, sizes, outer, (channels, columns, SIDE, 1, 1), (1,) * 5, swizzle
-    )
-    return functools.lru_cache(maxsize=KEPT_MAPS)(encode)
 
 
 def _steps(length: int, lift: int) -> int:

@@ -19,7 +19,7 @@ from kernels.cuda import bound, runtime, tuning
 from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, address, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.dry import HOPPER
-from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_rows
+from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_row_blocks
 from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
@@ -237,7 +237,10 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         halo = problem.window[1] - 1
         columns = (strip.columns, strip.columns + halo, strip.columns + halo)
         tensors = (operands.query, operands.key, operands.value)
-        maps = [map_rows(problem, t, width, strip.maps) for t, width in zip(tensors, columns, strict=True)]
+        maps = [
+            map_row_blocks(problem, tensor, width, strip.maps, column_by_column=True)
+            for tensor, width in zip(tensors, columns, strict=True)
+        ]
         return bind(launch, problem, maps)
 
     @functools.cache
