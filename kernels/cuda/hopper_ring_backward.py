@@ -21,11 +21,11 @@ from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, POINTER, Struct, pack_g
 from kernels.cuda.bound import Launch
 from kernels.cuda.dry import HOPPER
 from kernels.cuda.hopper_launch import TENSOR_MAP, map_row_blocks
-from kernels.cuda.hopper_strip import WALKS, why_no_shape
 from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
+from kernels.cuda.strip_walks import SIDE, WALKS, walks_of, why_no_rows, why_no_shape
 from kernels.problem import Axis, Problem
 
 HOPPER_RING_BACKWARD = Struct(
@@ -51,14 +51,10 @@ HOPPER_RING_BACKWARD = Struct(
 _set_pointers = HOPPER_RING_BACKWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
-SIDE = 8
-"""Rows of a row block."""
 LEAST_SLOTS, MOST_SLOTS = 3, 8
 """Row blocks that a ring holds: two are in use, another one comes in."""
 WARPS = {32: 12, 64: 8}
 """That multiply, by head_dim: the fastest measured of the 8, 12 or 16 that the kernel takes."""
-LEAST_SHARE = 0.75
-"""Of the time, that SMs must be busy: below, blocks that do not stay win."""
 BIAS_LINES_BEFORE = 8
 SWEEPS_BYTES, STEP_BYTES = 4 * 48, 80
 """Tables of a pair of columns, and of a step: StripSweep in two phases of up to two, RingStep."""
@@ -76,7 +72,7 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve `problem`'s backward pass, in one sentence; None if it does."""
-    reason = why_no_shape(problem)
+    reason = why_no_shape(problem) or why_no_rows(problem)
     if reason:
         return reason
     if problem.head_dim > 32 and not problem.has_rpb:
@@ -87,12 +83,7 @@ def why_not(problem: Problem) -> str | None:
     strip = choose_strip(problem, problem.has_rpb, device)
     if strip is None:
         return f"its rings need more than the {device.shared_memory} bytes of a block"
-    _, count = _walks(problem, strip)
-    rounds = -(-count // _blocks(problem, strip, device))
-    if problem.heads * count < LEAST_SHARE * rounds * device.multiprocessors:
-        walks = f"{problem.heads * count} walks down a map keep {device.multiprocessors} SMs"
-        return f"{walks} busy for less than {LEAST_SHARE} of {rounds} rounds"
-    return None
+    return walks_of(problem, strip.columns, 1, device).why_idle(device)
 
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
@@ -116,24 +107,22 @@ def bind_backward(
     lift = lift_of(problem.axes[0])
     assert strip is not None, "why_not accepts the problem"
     assert lift is not None, "why_not accepts the problem"
-    strips, _ = _walks(problem, strip)
-    blocks = _blocks(problem, strip, device)
-    steps = _steps(problem.space[0], lift)
+    walks = walks_of(problem, strip.columns, 1, device)
     packed = HOPPER_RING_BACKWARD.pack(
         geometry=pack_geometry(problem),
-        walks=WALKS.pack(entries=problem.batch, at_once=blocks // strips, strips=strips, steps=steps),
+        walks=walks.pack(_steps(problem.space[0], lift)),
         lift=lift,
         scale_log2=problem.scale * math.log2(math.e),
     )
     source, used = source_of(problem, strip, needs_rpb_grad), shared_bytes(problem, strip, needs_rpb_grad)
-    start = Launch(source, problem.heads * blocks, used, packed, _set_pointers).bind(problem.device)
+    start = Launch(source, walks.grid, used, packed, _set_pointers).bind(problem.device)
     tensors = (operands.query, operands.key, operands.value, grad_output)
     query, key, value, grad = (map_row_blocks(problem, tensor, strip.block_columns) for tensor in tensors)
 
     def launch(query_at: int, key_at: int, value_at: int, output_at: int, grad_at: int, *addresses: int) -> None:
         start(query(query_at), key(key_at), value(value_at), grad(grad_at), output_at, *addresses)
 
-    return bound.backward(problem, launch, blocks if needs_rpb_grad else 0)
+    return bound.backward(problem, launch, walks.blocks if needs_rpb_grad else 0)
 
 
 def _steps(length: int, lift: int) -> int:
@@ -195,18 +184,6 @@ def shared_bytes(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> int:
     used = tokens * (8 * problem.head_dim + 16) + 16 * bias + 4 * sums + 3 * 8 * strip.slots
     tables = SWEEPS_BYTES * -(-columns // 2) + STEP_BYTES * _steps(rows, SIDE - 1)
     return -(-used // 16) * 16 + tables
-
-
-def _walks(problem: Problem, strip: Strip) -> tuple[int, int]:
-    """Of one head: strips of a map, and walks."""
-    strips = -(-problem.space[1] // strip.columns)
-    return strips, problem.batch * strips
-
-
-def _blocks(problem: Problem, strip: Strip, device: DeviceProperties) -> int:
-    """Of one head: as many for every head as there are SMs, and at once all strips of a map."""
-    strips, count = _walks(problem, strip)
-    return min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
 
 
 def source_of(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> KernelSource:

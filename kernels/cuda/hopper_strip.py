@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.backend import BoundForward, Operands
 from kernels.cuda import bound, runtime, tuning
-from kernels.cuda.arguments import FLOAT, GEOMETRY, INT, MAP_LIMIT, POINTER, Struct, address, pack_geometry
+from kernels.cuda.arguments import FLOAT, GEOMETRY, POINTER, Struct, address, pack_geometry
 from kernels.cuda.bound import Launch
 from kernels.cuda.dry import HOPPER
 from kernels.cuda.hopper_launch import TENSOR_MAP, bind, map_row_blocks
@@ -24,10 +24,9 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
+from kernels.cuda.strip_walks import SIDE, WALKS, is_whole, walks_of, why_no_rows, why_no_shape
 from kernels.problem import Problem
 
-WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
 HOPPER_STRIP_FORWARD = Struct(
     "HopperStripForwardArguments",
     "src/hopper_strip_forward.cuh",
@@ -45,15 +44,11 @@ HOPPER_STRIP_FORWARD = Struct(
 _set_pointers = HOPPER_STRIP_FORWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
-WINDOWS = (3, 5, 7)
-SIDE = 8  # of a tile
 LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
 OTHER_WARPS = {32: 19, 64: 11}  # by head_dim: five of 96 registers, three of 168
-LEAST_SHARE = 0.75
-"""Of the time, that SMs must be busy: below, blocks that do not stay win."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,61 +69,14 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the forward pass, in one sentence; None where it does."""
-    reason = why_no_shape(problem)
+    reason = why_no_shape(problem) or why_no_rows(problem)
     if reason:
         return reason
     device = runtime.properties(problem.device)
     strip = choose_strip(problem, device)
     if strip is None:
         return "a strip would be too narrow, or its rings too large for shared memory"
-    _, count = _walks(problem, strip)
-    blocks = _blocks(problem, strip, device)
-    rounds = -(-count // blocks)
-    if problem.heads * count < LEAST_SHARE * rounds * device.multiprocessors:
-        walks = f"{problem.heads * count} walks down a map keep {device.multiprocessors} SMs"
-        return f"{walks} busy for less than {LEAST_SHARE} of {rounds} rounds"
-    return None
-
-
-def why_no_shape(problem: Problem) -> str | None:
-    """Why tiles and row blocks do not suit a problem, forward or backward, in one sentence; None where they do."""
-    reason = runtime.why_not_here(problem)
-    if reason:
-        return reason
-    if runtime.properties(problem.device).capability != (9, 0):
-        return "it needs compute capability 9.0"
-    if problem.rank != 2:
-        return f"it takes 2-D problems, not rank {problem.rank}"
-    if problem.dtype not in DTYPES:
-        return f"it takes float16 and bfloat16, not {problem.dtype}"
-    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
-        return f"it takes one head_dim of {HEAD_DIMS}, not {problem.head_dim} and {problem.value_dim}"
-    if problem.key_heads != problem.heads:
-        return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
-    if any(axis.causal or axis.stride != 1 or axis.dilation != 1 for axis in problem.axes):
-        return "it knows no causal masking, no stride and no dilation"
-    if any(window not in WINDOWS for window in problem.window):
-        return f"it takes windows of {WINDOWS}, not {problem.window}"
-    if problem.additional:
-        return "it knows no additional keys"
-    if problem.batch * problem.tokens * problem.heads >= MAP_LIMIT:
-        return f"it counts fewer than {MAP_LIMIT} tokens and heads"
-    if not SMALLEST_SCALE <= problem.scale < float("inf"):
-        return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
-    length, window = problem.axes[0].length, problem.axes[0].window
-    if not suits(length, window) and not is_whole(length, window):
-        return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
-    return None
-
-
-def suits(length: int, window: int) -> bool:
-    """Whether the windows of every 8 rows of queries lie within their two row blocks."""
-    return length % SIDE == 0 or length % SIDE > window // 2
-
-
-def is_whole(length: int, window: int) -> bool:
-    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
-    return SIDE < length < SIDE + window
+    return walks_of(problem, strip.columns, strip.maps, device).why_idle(device)
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -165,28 +113,6 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     bias = rows * 2 * columns * entries * 8 + 3 * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
-
-
-def _walks(problem: Problem, strip: Strip) -> tuple[int, int]:
-    """Of one head: strips of a map, and walks."""
-    strips = -(-problem.space[1] // strip.columns)
-    return strips, -(-problem.batch // strip.maps) * strips
-
-
-def _blocks(problem: Problem, strip: Strip, device: DeviceProperties) -> int:
-    """Of one head: as many for every head as there are SMs, and at once all strips of a map."""
-    strips, count = _walks(problem, strip)
-    return min(max(device.multiprocessors // (problem.heads * strips), 1) * strips, count)
-
-
-def pack_walks(problem: Problem, strip: Strip, device: DeviceProperties) -> tuple[bytes, int]:
-    """StripWalks, and the grid."""
-    strips, count = _walks(problem, strip)
-    blocks = _blocks(problem, strip, device)
-    packed = WALKS.pack(
-        entries=count // strips, at_once=blocks // strips, strips=strips, steps=-(-problem.space[0] // SIDE)
-    )
-    return packed, problem.heads * blocks
 
 
 def source_of(problem: Problem, strip: Strip) -> KernelSource:
@@ -226,14 +152,14 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     device = runtime.properties(problem.device)
 
     def launch_of(strip: Strip) -> Callable[..., None]:
-        walks, grid = pack_walks(problem, strip, device)
+        walks = walks_of(problem, strip.columns, strip.maps, device)
         packed = HOPPER_STRIP_FORWARD.pack(
             geometry=pack_geometry(problem),
-            walks=walks,
+            walks=walks.pack(-(-problem.space[0] // SIDE)),
             inverse_scale=1.0 / problem.scale,
             scale_log2e=problem.scale * LOG2_E,
         )
-        launch = Launch(source_of(problem, strip), grid, shared_bytes(problem, strip), packed, _set_pointers)
+        launch = Launch(source_of(problem, strip), walks.grid, shared_bytes(problem, strip), packed, _set_pointers)
         halo = problem.window[1] - 1
         columns = (strip.columns, strip.columns + halo, strip.columns + halo)
         tensors = (operands.query, operands.key, operands.value)

@@ -22,13 +22,10 @@ from kernels.cuda.bound import Launch
 from kernels.cuda.hopper_launch import KEPT_MAPS, TENSOR_MAP, MapOf
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.runtime import DeviceProperties
+from kernels.cuda.strip_walks import why_no_shape
 from kernels.problem import Axis, Problem
 
 ARCHITECTURES = ("sm_90a",)
-DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (32, 64)
-WINDOWS = (3, 5, 7)
-SMALLEST_SCALE = 1e-6
 TILE = 8
 MAX_COLUMNS = 1024
 """Of a map: a table in shared memory has an entry for each."""
@@ -89,31 +86,10 @@ class Plan:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve `problem`'s backward pass, in one sentence; None if it does."""
-    reason = runtime.why_not_here(problem)
+    reason = why_no_shape(problem)
     if reason:
         return reason
     device = runtime.properties(problem.device)
-    if device.capability != (9, 0):
-        return "hopper_strip needs compute capability 9.0"
-    if problem.rank != 2:
-        return f"hopper_strip takes 2-D problems; this one has rank {problem.rank}"
-    if problem.dtype not in DTYPES:
-        return f"hopper_strip computes in float16 and bfloat16; this is {problem.dtype}"
-    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
-        dims = f"{problem.head_dim}, {problem.value_dim}"
-        return f"hopper_strip takes head dims {HEAD_DIMS}, equal for query and value; these are {dims}"
-    if any(problem.is_causal) or any(stride != 1 for stride in problem.stride):
-        return "hopper_strip knows no causal masking and no stride"
-    if any(dilation != 1 for dilation in problem.dilation):
-        return f"hopper_strip knows no dilation; it is {problem.dilation}"
-    if any(window not in WINDOWS for window in problem.window):
-        return f"hopper_strip takes windows of {WINDOWS} rows and columns; this one is {problem.window}"
-    if problem.key_heads != problem.heads:
-        return "hopper_strip knows no grouped-query heads backward"
-    if problem.additional:
-        return "hopper_strip knows no additional keys"
-    if not SMALLEST_SCALE <= problem.scale < float("inf"):
-        return f"hopper_strip needs a finite scale of at least {SMALLEST_SCALE}; it is {problem.scale}"
     rows, columns = problem.axes
     if lift_of(rows) is None or not covers_columns(columns):
         return f"hopper_strip's tiles do not cover a map of {problem.space} with windows of {problem.window}"

@@ -12,7 +12,7 @@ from test_strip_forward import TOLERANCE, make_operands, make_problem
 
 from kernels import backend
 from kernels.backend import Operands
-from kernels.cuda import block, fused, hopper_strip, strip
+from kernels.cuda import block, fused, hopper_strip, strip, strip_walks
 from kernels.cuda.dry import HOPPER, DryRuntime
 from kernels.cuda.runtime import use_runtime
 from kernels.problem import Axis, Problem
@@ -20,7 +20,7 @@ from kernels.reference import Reference
 
 
 def assert_forward(problem: Problem, operands: Operands) -> None:
-    assert hopper_strip.why_no_shape(problem) is None
+    assert (strip_walks.why_no_shape(problem) or strip_walks.why_no_rows(problem)) is None
     assert hopper_strip.why_not_operands(problem, operands) is None
     output, lse = backend.forward(hopper_strip, problem, operands)
     exact = dataclasses.replace(problem, dtype=torch.float64, rpb_dtype=None if operands.rpb is None else torch.float64)
@@ -130,7 +130,7 @@ def test_no_races() -> None:
 
 def test_lengths_that_row_blocks_cover() -> None:
     """All keys that 8 rows of queries see lie in their two row blocks."""
-    for window in hopper_strip.WINDOWS:
+    for window in strip_walks.WINDOWS:
         above = window // 2
         for length in range(window, 80):
             axis = Axis(length, window)
@@ -139,12 +139,12 @@ def test_lengths_that_row_blocks_cover() -> None:
                 for first in range(0, length, 8)
                 for begin, end in (axis.window_at(t, length) for t in range(length)[first : first + 8])
             )
-            assert hopper_strip.suits(length, window) == covered, (length, window)
+            assert strip_walks.suits(length, window) == covered, (length, window)
 
 
 def test_strips_hold_what_their_queries_see() -> None:
     """All that two neighbouring columns of queries see, and one column more, lies in a row block of their strip."""
-    for window, head_dim in itertools.product(hopper_strip.WINDOWS, (32, 64)):
+    for window, head_dim in itertools.product(strip_walks.WINDOWS, (32, 64)):
         for length in range(window, 140):
             problem = make_problem((16, length), (window, window), head_dim=head_dim, batch=128)
             strip = hopper_strip.choose_strip(problem, HOPPER)
@@ -179,7 +179,7 @@ def test_who_serves(length: int, heads: int, head_dim: int, batch: int, family: 
             chosen, other = hopper_strip.candidate_strips(problem, HOPPER)
             assert chosen == hopper_strip.choose_strip(problem, HOPPER) != other
             assert hopper_strip.shared_bytes(problem, chosen) <= HOPPER.shared_memory
-            _, grid = hopper_strip.pack_walks(problem, chosen, HOPPER)
+            grid = strip_walks.walks_of(problem, chosen.columns, chosen.maps, HOPPER).grid
             assert 0.9 * HOPPER.multiprocessors < grid <= HOPPER.multiprocessors
 
 

@@ -1,0 +1,104 @@
+"""What `hopper_strip` and `hopper_ring` share: the maps that suit row blocks, and the walks that blocks are dealt.
+
+A walk goes down one strip of a map of one head (or of a few maps side by side), a row block of 8 rows a step. Blocks
+stay on their SM, each with one head, and take walk after walk; see include/fastna/hopper_strip.cuh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kernels.cuda import runtime
+from kernels.cuda.arguments import INT, MAP_LIMIT, Struct
+from kernels.cuda.runtime import DeviceProperties
+from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
+from kernels.problem import Problem
+
+WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
+WINDOWS = (3, 5, 7)
+SIDE = 8
+"""Rows of a row block."""
+LEAST_SHARE = 0.75
+"""Of the time, that SMs must be busy: below, blocks that do not stay win."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walks:
+    """Of one head: strips of a map, batch entries (or groups side by side), and the blocks that share their walks."""
+
+    heads: int
+    strips: int
+    entries: int
+    blocks: int
+
+    @property
+    def grid(self) -> int:
+        return self.heads * self.blocks
+
+    def pack(self, steps: int) -> bytes:
+        return WALKS.pack(entries=self.entries, at_once=self.blocks // self.strips, strips=self.strips, steps=steps)
+
+    def why_idle(self, device: DeviceProperties) -> str | None:
+        """Why there are too few for a device, in one sentence; None where there are not."""
+        count = self.strips * self.entries
+        rounds = -(-count // self.blocks)
+        if self.heads * count < LEAST_SHARE * rounds * device.multiprocessors:
+            walks = f"{self.heads * count} walks down a map keep {device.multiprocessors} SMs"
+            return f"{walks} busy for less than {LEAST_SHARE} of {rounds} rounds"
+        return None
+
+
+def walks_of(problem: Problem, columns: int, maps: int, device: DeviceProperties) -> Walks:
+    """Of strips of `columns` columns and of `maps` maps side by side.
+
+    Blocks are as many for every head as there are SMs, and at once all strips of a map.
+    """
+    strips, entries = -(-problem.space[1] // columns), -(-problem.batch // maps)
+    at_once = max(device.multiprocessors // (problem.heads * strips), 1)
+    return Walks(problem.heads, strips, entries, min(at_once * strips, entries * strips))
+
+
+def why_no_shape(problem: Problem) -> str | None:
+    """Why row blocks and walks do not suit a problem, forward or backward, in one sentence; None where they do."""
+    reason = runtime.why_not_here(problem)
+    if reason:
+        return reason
+    if runtime.properties(problem.device).capability != (9, 0):
+        return "it needs compute capability 9.0"
+    if problem.rank != 2:
+        return f"it takes 2-D problems, not rank {problem.rank}"
+    if problem.dtype not in DTYPES:
+        return f"it takes float16 and bfloat16, not {problem.dtype}"
+    if problem.head_dim != problem.value_dim or problem.head_dim not in HEAD_DIMS:
+        return f"it takes one head_dim of {HEAD_DIMS}, not {problem.head_dim} and {problem.value_dim}"
+    if problem.key_heads != problem.heads:
+        return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
+    if any(axis.causal or axis.stride != 1 or axis.dilation != 1 for axis in problem.axes):
+        return "it knows no causal masking, no stride and no dilation"
+    if any(window not in WINDOWS for window in problem.window):
+        return f"it takes windows of {WINDOWS}, not {problem.window}"
+    if problem.additional:
+        return "it knows no additional keys"
+    if problem.batch * problem.tokens * problem.heads >= MAP_LIMIT:
+        return f"it counts fewer than {MAP_LIMIT} tokens and heads"
+    if not SMALLEST_SCALE <= problem.scale < float("inf"):
+        return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
+    return None
+
+
+def why_no_rows(problem: Problem) -> str | None:
+    """Why two row blocks do not hold what 8 rows of queries see, in one sentence; None where they do."""
+    length, window = problem.axes[0].length, problem.axes[0].window
+    if suits(length, window) or is_whole(length, window):
+        return None
+    return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
+
+
+def suits(length: int, window: int) -> bool:
+    """Whether the windows of every 8 rows of queries lie within their two row blocks."""
+    return length % SIDE == 0 or length % SIDE > window // 2
+
+
+def is_whole(length: int, window: int) -> bool:
+    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
+    return SIDE < length < SIDE + window
