@@ -1,8 +1,8 @@
 """Kernel family `hopper_strip`, backward: gradients of small sliding 2-D windows by tensor copies and wgmma (sm_90a).
 
 One kernel computes all gradients in one pass over the operands, without atomics; see src/hopper_strip_backward.cuh. A
-block walks down strips of maps of one head. The bias gradient comes as one part per block, summed afterwards in a fixed
-order.
+block walks down strips of maps of one head. For a head_dim of 64 without a bias: elsewhere other families are faster
+(docs/kernel-log.md).
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from kernels.backend import BoundBackward, Operands
 from kernels.cuda import bound, runtime
 from kernels.cuda.arguments import FLOAT, INT, POINTER, Struct, alignment
 from kernels.cuda.bound import Launch
+from kernels.cuda.dry import HOPPER
 from kernels.cuda.hopper_launch import KEPT_MAPS, TENSOR_MAP, MapOf
 from kernels.cuda.jit import KernelSource, instantiate
+from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip_walks import why_no_shape
 from kernels.problem import Axis, Problem
 
 ARCHITECTURES = ("sm_90a",)
+HEAD_DIM = 64
 TILE = 8
 MAX_COLUMNS = 1024
 """Of a map: a table in shared memory has an entry for each."""
@@ -47,8 +50,6 @@ HOPPER_STRIP_BACKWARD = Struct(
     grad_value=POINTER,
     lse=POINTER,
     grad_lse=POINTER,
-    rpb=POINTER,
-    grad_rpb=POINTER,
     heads=INT,
     rows=INT,
     columns=INT,
@@ -89,23 +90,18 @@ def why_not(problem: Problem) -> str | None:
     reason = why_no_shape(problem)
     if reason:
         return reason
+    if problem.head_dim != HEAD_DIM or problem.has_rpb:
+        return f"it is for a head_dim of {HEAD_DIM} without a bias, where it is measured to be faster"
     device = runtime.properties(problem.device)
     rows, columns = problem.axes
     if lift_of(rows) is None or not covers_columns(columns):
         return f"hopper_strip's tiles do not cover a map of {problem.space} with windows of {problem.window}"
-    cut = choose_cut(problem, problem.has_rpb, device)
+    cut = choose_cut(problem, device)
     if cut is None:
         return f"hopper_strip needs more shared memory backward than the {device.shared_memory} bytes of a block"
     if problem.batch * problem.heads * cut.strips < device.multiprocessors:
         return "hopper_strip is for more strips of maps than the device has multiprocessors"
-    return why_slower(problem)
-
-
-def why_slower(problem: Problem) -> str | None:
-    """Why another family is the faster one, as far as measured (docs/kernel-log.md); None where this one is."""
-    if problem.head_dim == 64 and not problem.has_rpb:
-        return None
-    return "hopper_strip is measured to be the faster one backward at head_dim 64 without a bias only"
+    return None
 
 
 def lift_of(axis: Axis) -> int | None:
@@ -171,19 +167,20 @@ def bind_backward(
     needs_rpb_grad: bool,
 ) -> BoundBackward:
     """Of problems and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
-    cut = choose_cut(problem, needs_rpb_grad, runtime.properties(problem.device))
+    cut = choose_cut(problem, runtime.properties(problem.device))
     assert cut is not None, "why_not refuses what fits no block"
-    chosen = plan(problem, cut, needs_rpb_grad, runtime.properties(problem.device))
+    chosen = plan(problem, cut, runtime.properties(problem.device))
     packed = pack(problem, cut, chosen)
     start = Launch(chosen.source, chosen.grid, chosen.shared_bytes, packed, _set_pointers).bind(problem.device)
     contiguous = torch.empty(output.shape, dtype=output.dtype, device="meta")
-    read = (operands.query, operands.key, operands.value, contiguous, grad_output)
-    maps = [map_row_block(problem, tensor, chosen.box_columns) for tensor in read]
+    tensors = (operands.query, operands.key, operands.value, contiguous, grad_output)
+    maps = [map_row_block(problem, tensor, chosen.box_columns) for tensor in tensors]
 
     def launch(*addresses: int) -> None:
-        start(*[map_of(address) for map_of, address in zip(maps, addresses, strict=False)], *addresses[len(maps) :])
+        read, rest = addresses[: len(maps)], addresses[len(maps) : -2]  # the last two are those of a bias
+        start(*[map_of(address) for map_of, address in zip(maps, read, strict=True)], *rest)
 
-    return bound.backward(problem, launch, chosen.grid // problem.heads if needs_rpb_grad else 0)
+    return bound.backward(problem, launch, 0)
 
 
 def map_row_block(problem: Problem, tensor: Tensor, columns: int) -> MapOf:
@@ -228,7 +225,7 @@ def pack(problem: Problem, cut: Cut, plan: Plan) -> bytes:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_cut(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Cut | None:
+def choose_cut(problem: Problem, device: DeviceProperties) -> Cut | None:
     """The fewest columns brought in, halos included, of which a ring holds four row blocks, or else three.
 
     Two are in use, a third comes in meanwhile, and its statistics follow: where there is a fourth, nobody waits.
@@ -236,19 +233,17 @@ def choose_cut(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties)
     tiles = -(-problem.space[1] // TILE)
 
     def columns(cut: Cut) -> int:
-        return cut.strips * plan(problem, cut, needs_rpb_grad, device).box_columns
+        return cut.strips * plan(problem, cut, device).box_columns
 
     for slots in SLOTS:
         cuts = [Cut(strips, slots) for strips in range(1, tiles + 1)]
-        fitting = [
-            cut for cut in cuts if plan(problem, cut, needs_rpb_grad, device).shared_bytes <= device.shared_memory
-        ]
+        fitting = [cut for cut in cuts if plan(problem, cut, device).shared_bytes <= device.shared_memory]
         if fitting:
             return min(fitting, key=columns)
     return None
 
 
-def plan(problem: Problem, cut: Cut, needs_rpb_grad: bool, device: DeviceProperties) -> Plan:
+def plan(problem: Problem, cut: Cut, device: DeviceProperties) -> Plan:
     rows, columns = problem.space
     window_rows, window_columns = problem.window
     tiles, steps = -(-columns // TILE), -(-rows // TILE)
@@ -261,19 +256,15 @@ def plan(problem: Problem, cut: Cut, needs_rpb_grad: bool, device: DevicePropert
         config=instantiate(
             "HopperStripBackwardConfig",
             problem.dtype,
-            problem.rpb_dtype or torch.float32,
-            problem.head_dim,
             window_rows,
             window_columns,
             strip_tiles,
             cut.slots,
-            problem.has_rpb,
-            needs_rpb_grad,
         ),
         arguments="HopperStripBackwardArguments",
         threads=THREADS,
     )
-    # HopperStripBackwardShared: row blocks, the output of one, statistics, the bias, barriers.
+    # HopperStripBackwardShared: row blocks, the output of one, statistics, the mask, barriers.
     tokens, token_bytes = box_columns * TILE, problem.head_dim * 2
     used = cut.slots * tokens * (4 * token_bytes + 8) + tokens * token_bytes
     used += 2 * PADDING + window_columns * (4 * window_rows - 1) * (2 * window_columns + 1) * 8
@@ -292,40 +283,12 @@ def plan(problem: Problem, cut: Cut, needs_rpb_grad: bool, device: DevicePropert
 
 
 def representative_sources() -> Iterable[KernelSource]:
-    """The sliding layers of the published models (kernel size 7, with bias) and neighbouring cases."""
-    device = DeviceProperties(capability=(9, 0), multiprocessors=132, shared_memory=227 << 10)
-
-    def source(
-        length: int,
-        dtype: torch.dtype,
-        *,
-        head_dim: int = 32,
-        window: int = 7,
-        rpb: bool = True,
-        needs_rpb_grad: bool = True,
-    ) -> KernelSource:
-        problem = Problem(
-            batch=128,
-            axes=(Axis(length, window),) * 2,
-            heads=2,
-            key_heads=2,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            scale=head_dim**-0.5,
-            dtype=dtype,
-            device=torch.device("cuda"),
-            rpb_dtype=torch.float32 if rpb else None,
-        )
-        needs_rpb_grad = rpb and needs_rpb_grad
-        cut = choose_cut(problem, needs_rpb_grad, device)
+    """Sliding layers like those of the published models, wider and without a bias."""
+    for problem in (
+        *(nat_layer(length, torch.bfloat16, head_dim=64, rpb=False) for length in (56, 28)),
+        nat_layer(28, torch.float16, head_dim=64, rpb=False),
+        *(nat_layer(28, torch.bfloat16, head_dim=64, window=window, rpb=False) for window in (5, 3)),
+    ):
+        cut = choose_cut(problem, HOPPER)
         assert cut is not None
-        return plan(problem, cut, needs_rpb_grad, device).source
-
-    for length in (56, 28):
-        yield source(length, torch.bfloat16)
-    yield source(28, torch.float16)
-    yield source(14, torch.bfloat16, head_dim=64)
-    yield source(56, torch.bfloat16, rpb=False)
-    yield source(28, torch.bfloat16, needs_rpb_grad=False)
-    yield source(28, torch.bfloat16, window=5)
-    yield source(28, torch.bfloat16, window=3)
+        yield plan(problem, cut, HOPPER).source

@@ -1,12 +1,11 @@
-// Gradients of small-window neighborhood attention on 2-D maps (arXiv 2204.07143, 2209.15001) on Hopper: all of them in one pass over the
-// operands, without atomics, the same bits every time. See fastna/hopper_strip.cuh for how maps are cut.
+// Gradients of small-window neighborhood attention on 2-D maps (arXiv 2204.07143, 2209.15001) on Hopper, head_dim 64 and no bias: all of them in
+// one pass over the operands, without atomics, the same bits every time. See fastna/hopper_strip_backward.cuh for how maps are cut.
 //
 // One thread brings row blocks of query, key, value and grad_output; three warps work out, of each, what turns a score into its gradient. Then
 //   a warpgroup of queries, a tile at a time:  s = q k^T, dp = do v^T, ds = exp(s - lse) (dp - delta),  dq += scale ds k
 //   a warpgroup of keys:                       the same with rows and columns exchanged,           dv += p^T do, dk += scale ds^T q
 // Scores are computed twice; nothing is exchanged between the two. Left operands come to registers as ldmatrix leaves them: rows of a tile lie in
-// two row blocks. The gradient of the bias stays in registers of the queries until the block ends: an accumulator element always has the same
-// distance key - query.
+// two row blocks.
 #pragma once
 
 #include "fastna/hopper_strip_backward.cuh"
@@ -21,9 +20,9 @@ struct HopperStripBackward {
   using Walk = StripBackwardWalk<Config>;
   using Position = RingPosition<Config::SLOTS>;
   static constexpr int D = Config::HEAD_DIM, N = Config::N, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, LEFT = Config::LEFT;
-  static constexpr int K_STEPS = Config::K_STEPS, PAIRS = Config::ALL_PAIRS, OWN_PAIRS = Config::PAIRS, SUMS = Config::SUMS;
-  static constexpr int CONSUMERS = 1, QUERIES = 2, MEASURED = 3;  // named barriers
-  static constexpr int MEASURERS = 96;              // threads
+  static constexpr int K_STEPS = Config::K_STEPS, PAIRS = Config::ALL_PAIRS, OWN_PAIRS = Config::PAIRS;
+  static constexpr int CONSUMERS = 1, MEASURED = 2;  // named barriers
+  static constexpr int MEASURERS = 96;               // threads
 
   using Scores = float[N / 2];
   using Packed = u32[N / 4];
@@ -143,7 +142,7 @@ struct HopperStripBackward {
 
   // ---- What both warpgroups of consumers do
 
-  FASTNA_DEVICE static int swizzle(int token) { return ROW == 64 ? token >> 1 & 3 : token & 7; }
+  FASTNA_DEVICE static int swizzle(int token) { return token & 7; }
   // The warp is done with what the barrier guards.
   FASTNA_DEVICE static void release(MemoryBarrier& barrier) {
     sync_warp();
@@ -167,12 +166,10 @@ struct HopperStripBackward {
   FASTNA_DEVICE u32* lines(int step, bool keys) const { return reinterpret_cast<u32*>(own_columns(args.tiles, false)) + (step * 2 + keys) * WARP; }
   FASTNA_DEVICE int* table_offsets() const { return reinterpret_cast<int*>(lines(args.steps, false)); }
 
-  // The steps of all walks: work(walk, step, slots of the step's row blocks). With QUEUED it leaves a product of the last row block to the next
-  // step: that of a walk's last one is held until the next walk's first step is done.
+  // The steps of all walks: work(walk, step, slots of the step's row blocks).
   template <class Work>
   FASTNA_DEVICE void walk_down(const Work& work) const {
     Position at;
-    int held = -1;
 #pragma unroll 1
     for (Walk walk(member); walk.find(args); walk.number += members) {
       wait(at);
@@ -183,13 +180,10 @@ struct HopperStripBackward {
         wait(at);
         slots[1] = at.slot;
         work(walk, step, slots);
-        if (Config::QUEUED && held >= 0) release(shared.empty[held]);
-        held = -1;
         release(shared.empty[slots[0]]);
         slots[0] = slots[1];
       }
-      if constexpr (Config::QUEUED) held = slots[0];
-      else release(shared.empty[slots[0]]);
+      release(shared.empty[slots[0]]);
       at.advance();
     }
   }
@@ -207,30 +201,20 @@ struct HopperStripBackward {
     FASTNA_UNROLL
     for (int k = 0; k < K_STEPS; ++k) load_matrix_x4(left[k], (address ^ (k << 5)) + tensor_offset(tensor));
   }
-  // The warp's own tokens, of two tensors. Registers hold both, or one at a time.
-  template <StripSlotTensor FIRST, StripSlotTensor SECOND>
-  struct Own {
-    u32 address;
-    Left left[Config::HOLDS_BOTH ? 2 : 1];
-
-    FASTNA_DEVICE explicit Own(u32 address_) : address(address_) {
-      if constexpr (Config::HOLDS_BOTH) load_left(left[0], address, FIRST), load_left(left[1], address, SECOND);
-    }
-    // scores = own first^T and slopes = own second^T: asked for, a group each.
-    FASTNA_DEVICE void multiply(Scores& scores, Scores& slopes, const Operand& columns, StripSlotTensor first, StripSlotTensor second) {
-      if constexpr (!Config::HOLDS_BOTH) load_left(left[0], address, FIRST);
-      wgmma_fence();
-      multiply_transposed(scores, left[0], columns, tensor_offset(first));
-      wgmma_commit();
-      if constexpr (!Config::HOLDS_BOTH) {
-        wgmma_wait<0>();
-        load_left(left[0], address, SECOND);
-      }
-      wgmma_fence();
-      multiply_transposed(slopes, left[Config::HOLDS_BOTH ? 1 : 0], columns, tensor_offset(second));
-      wgmma_commit();
-    }
-  };
+  // scores = first columns^T and slopes = second columns^T of the warp's own tokens at `left_address`; the second is only asked
+  // for. Registers hold one of the two left operands at a time, in `left`, which has to stay until the products are done.
+  FASTNA_DEVICE static void multiply(Scores& scores, Scores& slopes, Left& left, u32 left_address, StripSlotTensor left_first,
+                                     StripSlotTensor left_second, const Operand& columns, StripSlotTensor first, StripSlotTensor second) {
+    load_left(left, left_address, left_first);
+    wgmma_fence();
+    multiply_transposed(scores, left, columns, tensor_offset(first));
+    wgmma_commit();
+    wgmma_wait<0>();
+    load_left(left, left_address, left_second);
+    wgmma_fence();
+    multiply_transposed(slopes, left, columns, tensor_offset(second));
+    wgmma_commit();
+  }
   // result = left columns^T
   FASTNA_DEVICE static void multiply_transposed(Scores& result, const Left& left, const Operand& columns, int offset) {
     FASTNA_UNROLL
@@ -283,14 +267,10 @@ struct HopperStripBackward {
     float lse[2], delta[2];
     int tables[2];
     u32 flags;
-    FASTNA_DEVICE bool is(u32 flag) const { return (flags & flag) != 0; }
   };
   // A warp's windows lie in OWN_PAIRS pairs of columns, from that of its own number on. At the left border those of warp 0 reach one pair
   // further, at the right border the last ones begin one pair earlier.
-  static constexpr FASTNA_DEVICE int first_pair(int warp) { return warp == 0 ? 0 : warp - 1; }
   static constexpr FASTNA_DEVICE int border_pair(int warp) { return warp == 0 ? OWN_PAIRS : warp - 1; }
-  // First distance key - query along columns that a warp sums up.
-  static constexpr FASTNA_DEVICE int first_sum(int warp) { return 2 * (first_pair(warp) - warp) - LEFT - 1; }
 
   // Scores become weights ...
   FASTNA_DEVICE void weigh(int warp, Scores& scores, int block, const QueryRows& rows) const {
@@ -306,28 +286,15 @@ struct HopperStripBackward {
       }
     }, [](int) {});
   }
-  // ... slopes what scores' gradients are, packed too ...
-  FASTNA_DEVICE static void differentiate(const Scores& weights, Scores& slopes, Packed& packed, const QueryRows& rows) {
+  // ... and slopes what scores' gradients are, packed.
+  FASTNA_DEVICE static void differentiate(const Scores& weights, const Scores& slopes, Packed& packed, const QueryRows& rows) {
     for_pairs(rows.flags, [&](int p) {
       FASTNA_UNROLL
       for (int i = 4 * p; i < 4 * p + 4; ++i) {
         const int n = 2 * i, h = i % 2;
-        slopes[n] = weights[n] * (slopes[n] - rows.delta[h]);
-        slopes[n + 1] = weights[n + 1] * (slopes[n + 1] - rows.delta[h]);
-        packed[i] = pack2<T>(slopes[n], slopes[n + 1]);
+        packed[i] = pack2<T>(weights[n] * (slopes[n] - rows.delta[h]), weights[n + 1] * (slopes[n + 1] - rows.delta[h]));
       }
     }, [&](int p) { clear_pair(p, packed); });
-  }
-  // ... and these are summed up for the bias. The sums' order is that of distances: the only code that differs by warp.
-  template <int W>
-  FASTNA_DEVICE static void sum_up(const Scores& slopes, float (&sums)[SUMS][2], bool at_border) {
-    const auto pair = [&](int p) {
-      FASTNA_UNROLL
-      for (int i = 0; i < 8; ++i) sums[2 * (p - first_pair(W)) + i / 4 + 1 - i / 2 % 2][i % 2] += slopes[8 * p + i];
-    };
-    FASTNA_UNROLL
-    for (int p = W; p < W + OWN_PAIRS; ++p) pair(p);
-    if (at_border) pair(border_pair(W));
   }
   FASTNA_DEVICE static void clear_pair(int p, Packed& packed) {
     u32 zero = 0;
@@ -335,44 +302,15 @@ struct HopperStripBackward {
     packed[4 * p] = packed[4 * p + 1] = packed[4 * p + 2] = packed[4 * p + 3] = zero;
   }
 
-  using Queries = Own<STRIP_QUERY, STRIP_GRAD_OUTPUT>;
-  using Keys = Own<STRIP_KEY, STRIP_VALUE>;
-
   FASTNA_DEVICE void store_query(const Gradient& sum, i64 target, int row, u32 flags) const {
     const bool exists = row + (lane_index() >> 2) < args.rows;
     store(sum, args.scale, static_cast<T*>(args.grad_query) + target, lane_offset(), exists && (flags & StripOwnColumns::FIRST),
           exists && (flags & StripOwnColumns::SECOND));
   }
 
-  // With QUEUED, what a row block adds to a tile's gradient is summed up while the next scores are computed and weighed: the gradient is done
-  // only during the next tile.
   FASTNA_DEVICE void queries() const {
     const int warp = warp_index() & 3;
     const int above = Config::ABOVE + args.lift;
-    float sums[SUMS][2], other_sums[SUMS][2];  // of this row block, and of the other one: they change places after every block
-    FASTNA_UNROLL
-    for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = other_sums[i][0] = other_sums[i][1] = 0.0f;
-
-    Packed packed;
-    FASTNA_UNROLL
-    for (int i = 0; i < N / 4; ++i) packed[i] = 0;
-    Gradient grad_query;
-    FASTNA_UNROLL
-    for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
-    Operand last_block = operand(0);  // any that is there: the first row block of all adds to nobody's gradient
-    i64 last_target = 0;
-    int last_row = 0;
-    u32 last_flags = 0;
-    const auto sum_up_last = [&] {
-      wgmma_fence();
-      add(grad_query, packed, last_block, STRIP_KEY);
-      wgmma_commit();
-    };
-    const auto finish_last = [&] {
-      store_query(grad_query, last_target, last_row, last_flags);
-      FASTNA_UNROLL
-      for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
-    };
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
       const int first_column = walk.first_column(args.columns);
       QueryRows rows;
@@ -393,83 +331,30 @@ struct HopperStripBackward {
           rows.lse[h] = flags & (h == 0 ? StripOwnColumns::FIRST : StripOwnColumns::SECOND) ? lse[h * TILE_SIDE] : infinity();
         }
         rows.flags = flags;
+        Gradient grad_query;
+        FASTNA_UNROLL
+        for (int n = 0; n < D / 2; ++n) grad_query[n] = 0.0f;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const Operand block = {operand(b == 0 ? slots[0] : slots[1]).at(seen)};
           Scores scores, slopes;
-          Queries tokens(left_address(slots, above) + own * COLUMN);  // anew for every row block: registers are short
-          tokens.multiply(scores, slopes, block, STRIP_KEY, STRIP_VALUE);
-          if constexpr (Config::QUEUED) sum_up_last();
+          Packed packed;
+          Left tokens;
+          multiply(scores, slopes, tokens, left_address(slots, above) + own * COLUMN, STRIP_QUERY, STRIP_GRAD_OUTPUT, block, STRIP_KEY, STRIP_VALUE);
           rows.tables[0] = columns.tables[0], rows.tables[1] = columns.tables[1];
-          wgmma_wait<Config::QUEUED ? 2 : 1>();
           weigh(warp, scores, b, rows);
           wgmma_wait<0>();
           rows.delta[0] = delta[0], rows.delta[1] = delta[TILE_SIDE];
           differentiate(scores, slopes, packed, rows);
-          if constexpr (Config::RPB_GRADIENT) {
-            if (rows.is(StripOwnColumns::FIRST | StripOwnColumns::SECOND)) {
-              const bool at_border = rows.is(StripOwnColumns::AT_BORDER);
-              if (warp == 0) sum_up<0>(slopes, sums, at_border);
-              else if (warp == 1) sum_up<1>(slopes, sums, at_border);
-              else if (warp == 2) sum_up<2>(slopes, sums, at_border);
-              else sum_up<3>(slopes, sums, at_border);
-            }
-            FASTNA_UNROLL
-            for (int n = 0; n < SUMS; ++n) {
-              FASTNA_UNROLL
-              for (int e = 0; e < 2; ++e) {
-                const float other = other_sums[n][e];
-                other_sums[n][e] = sums[n][e], sums[n][e] = other;
-              }
-            }
-          }
-          if (Config::QUEUED && b == 0) finish_last();
-          last_block = block;
-          if constexpr (!Config::QUEUED) {
-            sum_up_last();
-            wgmma_wait<0>();
-          }
+          wgmma_fence();
+          add(grad_query, packed, block, STRIP_KEY);
+          wgmma_commit();
+          wgmma_wait<0>();
         }
-        last_target = target + column * args.heads * D, last_row = step * TILE_SIDE, last_flags = flags;
-        if constexpr (!Config::QUEUED) finish_last();
+        store_query(grad_query, target + column * args.heads * D, step * TILE_SIDE, flags);
       }
     });
-    if constexpr (Config::QUEUED) {
-      sum_up_last();
-      wgmma_wait<0>();
-      finish_last();
-    }
     named_barrier(CONSUMERS, 256);
-    if constexpr (Config::RPB_GRADIENT) add_up(sums, other_sums, warp, above);
-  }
-
-  // The block's part of the bias gradient, always in the same order.
-  FASTNA_DEVICE void add_up(const float (&sums)[SUMS][2], const float (&other_sums)[SUMS][2], int warp, int above) const {
-    constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1;
-    float* const kept = reinterpret_cast<float*>(shared.ring);  // nobody needs it any more
-    FASTNA_UNROLL
-    for (int i = 0; i < SUMS; ++i) {
-      FASTNA_UNROLL
-      for (int j = 0; j < 4; ++j) kept[((warp * SUMS + i) * 4 + j) * WARP + lane_index()] = j < 2 ? sums[i][j] : other_sums[i][j - 2];
-    }
-    named_barrier(QUERIES, 128);
-    float* const part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
-#pragma unroll 1
-    for (int offset = thread_index() & 127; offset < Config::OFFSETS; offset += 128) {
-      const int dr = offset / WIDTH - (Config::WINDOW_ROWS - 1), dc = offset % WIDTH - (Config::WINDOW_COLUMNS - 1);
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int w = 0; w < 4; ++w) {
-        const int i = dc - first_sum(w);
-        if (i < 0 || i >= SUMS) continue;
-#pragma unroll 1
-        for (int row = 0; row < TILE_SIDE; ++row) {
-          const int key = dr + row + above;  // counted from the first row block's first
-          if (key >= 0 && key < 2 * TILE_SIDE) sum += kept[((w * SUMS + i) * 4 + (key >> 3) * 2 + (key & 1)) * WARP + row * 4 + (key & 7) / 2];
-        }
-      }
-      part[offset] = sum;
-    }
   }
 
   // ---- Keys
@@ -514,33 +399,9 @@ struct HopperStripBackward {
       }
     }
   }
-  // With QUEUED as in queries, for the gradient of the keys; that of the values is summed up while factors of the other are worked out.
+  // The gradient of the values is summed up while factors of the keys' are worked out.
   FASTNA_DEVICE void keys() const {
     const int warp = warp_index() & 3, q = lane_index() & 3;
-
-    Gradient grad_key, grad_value;
-    Packed packed;
-    FASTNA_UNROLL
-    for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
-    FASTNA_UNROLL
-    for (int i = 0; i < N / 4; ++i) packed[i] = 0;
-    Operand last_block = operand(0);  // any that is there: the first row block of all adds to nobody's gradient
-    i64 last_target = 0;
-    int last_row = 0;
-    u32 last_flags = 0;
-    const auto sum_up_last = [&] {
-      wgmma_fence();
-      add(grad_key, packed, last_block, STRIP_QUERY);
-      wgmma_commit();
-    };
-    const auto finish_last = [&] {
-      const bool exists = static_cast<u32>(last_row + (lane_index() >> 2)) < static_cast<u32>(args.rows);
-      const bool first = exists && (last_flags & StripOwnColumns::FIRST), second = exists && (last_flags & StripOwnColumns::SECOND);
-      store(grad_key, args.scale, static_cast<T*>(args.grad_key) + last_target, lane_offset(), first, second);
-      store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + last_target, lane_offset(), first, second);
-      FASTNA_UNROLL
-      for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
-    };
     walk_down([&](const Walk& walk, int step, const int(&slots)[2]) {
       const int row = step * TILE_SIDE - args.lift, first_column = walk.first_column(args.columns);
       const u32 both_lines = lines(step, true)[lane_index()];
@@ -553,6 +414,9 @@ struct HopperStripBackward {
         const int column = shuffle(columns.column, 0), own = column - first_column, seen = own - LEFT - 2 * warp;
         const u32 flags = shuffle(columns.flags, 0);
         const int* tables = table_offsets() + column - 2 * warp;
+        Gradient grad_key, grad_value;
+        FASTNA_UNROLL
+        for (int n = 0; n < D / 2; ++n) grad_key[n] = grad_value[n] = 0.0f;
 #pragma unroll 1
         for (int b = 0; b < 2; ++b) {
           const int slot = b == 0 ? slots[0] : slots[1];
@@ -561,57 +425,41 @@ struct HopperStripBackward {
                              reinterpret_cast<const float2*>(shared.lse[slot] + seen * TILE_SIDE) + q,
                              reinterpret_cast<const float2*>(shared.delta[slot] + seen * TILE_SIDE) + q};
           Scores scores, slopes;
-          Packed weights;
+          Packed weights, packed;
           const auto weigh = [&](int p) { weigh_pair(p, scores, of); };
           const auto pack = [&](int p) { pack_pair(p, scores, weights); };
           const auto differentiate = [&](int p) { differentiate_pair(p, scores, slopes, packed, of); };
-          Keys tokens(left + own * COLUMN);  // anew for every row block: registers are short
-          tokens.multiply(scores, slopes, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
-          if constexpr (Config::QUEUED) {
-            sum_up_last();
-            wgmma_wait<2>();
-            for_pairs(flags, weigh, [](int) {});
-            wgmma_wait<0>();
-            for_pairs(flags, pack, [&](int p) { clear_pair(p, weights); });
-            if (b == 0) finish_last();
-            wgmma_fence();
-            add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
-            wgmma_commit();
-            for_pairs(flags, differentiate, [&](int p) { clear_pair(p, packed); });
-            last_block = block;
-            wgmma_wait<0>();
-          } else {
-            wgmma_wait<1>();
-            for_pairs(flags, weigh, [](int) {});
-            wgmma_wait<0>();
-            for_pairs(flags, pack, [&](int p) { clear_pair(p, weights); });
-            wgmma_fence();
-            add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
-            wgmma_commit();
-            for_pairs(flags, differentiate, [&](int p) { clear_pair(p, packed); });
-            last_block = block;
-            sum_up_last();
-            wgmma_wait<0>();
-          }
+          Left tokens;
+          multiply(scores, slopes, tokens, left + own * COLUMN, STRIP_KEY, STRIP_VALUE, block, STRIP_QUERY, STRIP_GRAD_OUTPUT);
+          for_pairs(flags, weigh, [](int) {});
+          wgmma_wait<0>();
+          for_pairs(flags, pack, [&](int p) { clear_pair(p, weights); });
+          wgmma_fence();
+          add(grad_value, weights, block, STRIP_GRAD_OUTPUT);
+          wgmma_commit();
+          for_pairs(flags, differentiate, [&](int p) { clear_pair(p, packed); });
+          wgmma_fence();
+          add(grad_key, packed, block, STRIP_QUERY);
+          wgmma_commit();
+          wgmma_wait<0>();
         }
-        last_target = target + column * args.heads * D, last_row = row, last_flags = flags;
-        if constexpr (!Config::QUEUED) finish_last();
+        store_keys(grad_key, grad_value, target + column * args.heads * D, row, flags);
       }
     });
-    if constexpr (Config::QUEUED) {
-      sum_up_last();
-      wgmma_wait<0>();
-      finish_last();
-    }
     named_barrier(CONSUMERS, 256);
+  }
+  FASTNA_DEVICE void store_keys(const Gradient& grad_key, const Gradient& grad_value, i64 target, int row, u32 flags) const {
+    const bool exists = static_cast<u32>(row + (lane_index() >> 2)) < static_cast<u32>(args.rows);
+    const bool first = exists && (flags & StripOwnColumns::FIRST), second = exists && (flags & StripOwnColumns::SECOND);
+    store(grad_key, args.scale, static_cast<T*>(args.grad_key) + target, lane_offset(), first, second);
+    store(grad_value, 1.0f, static_cast<T*>(args.grad_value) + target, lane_offset(), first, second);
   }
 
   // ---- Before: 256 threads
 
   FASTNA_DEVICE void prepare() const {
     const int thread = thread_index() - 128;
-    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
-    Table::template build<Config::HAS_RPB>(shared.table, rpb, thread, 256);
+    Table::build(shared.table, thread, 256);
 #pragma unroll 1
     for (int i = thread; i < args.tiles * 8; i += 256) own_columns(i / 8, false)[i % 8] = columns_of(i / 8, i / 4 % 2 != 0, i % 4);
 #pragma unroll 1
@@ -643,7 +491,6 @@ struct HopperStripBackward {
       const int end = last >= args.columns - Config::WINDOW_COLUMNS ? args.columns : last + LEFT + 1;
       pairs = {(begin - tile.first + LEFT) / 2, (end - tile.first + LEFT + 1) / 2};
     } else if (LEFT > 1 && (warp == 0 ? column == 0 : column >= args.columns - 2)) {
-      flags |= StripOwnColumns::AT_BORDER;
       pairs = {minimum(warp, border_pair(warp)), maximum(warp + OWN_PAIRS, border_pair(warp) + 1)};
     }
     if (first > last) flags = 0;

@@ -16,8 +16,6 @@ struct HopperStripBackwardArguments {
   TensorMap query, key, value, output, grad_output;  // boxes: a row block of one head; dimensions channel, row, column, head, batch
   void *grad_query, *grad_key, *grad_value;          // [batch, rows, columns, heads, head_dim]
   const float *lse, *grad_lse;  // [batch, rows, columns, heads]; the second may be null
-  const void* rpb;              // [heads, 2 k_rows - 1, 2 k_columns - 1]
-  float* grad_rpb;              // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
   int heads, rows, columns;
   int walks, strips, tiles, steps;  // of a head: batch x strips; of a map: strips, tiles side by side, and tiles one below another
   int lift;
@@ -27,27 +25,18 @@ struct HopperStripBackwardArguments {
 // Tensors of a slot, a row block of each.
 enum StripSlotTensor : int { STRIP_KEY, STRIP_VALUE, STRIP_QUERY, STRIP_GRAD_OUTPUT, STRIP_SLOT_TENSORS };
 
-template <class T, class Rpb_, int HEAD_DIM, int WINDOW_ROWS, int WINDOW_COLUMNS, int TILES, int SLOTS_, bool HAS_RPB_, bool RPB_GRADIENT_>
-struct HopperStripBackwardConfig : StripShape<T, HEAD_DIM, WINDOW_ROWS, WINDOW_COLUMNS, TILES> {
-  using Shape = StripShape<T, HEAD_DIM, WINDOW_ROWS, WINDOW_COLUMNS, TILES>;
-  using Rpb = Rpb_;
+template <class T, int WINDOW_ROWS, int WINDOW_COLUMNS, int TILES, int SLOTS_>
+struct HopperStripBackwardConfig : StripShape<T, 64, WINDOW_ROWS, WINDOW_COLUMNS, TILES> {
+  using Shape = StripShape<T, 64, WINDOW_ROWS, WINDOW_COLUMNS, TILES>;
   static constexpr int SLOTS = SLOTS_;
-  static constexpr bool HAS_RPB = HAS_RPB_, RPB_GRADIENT = RPB_GRADIENT_;
   static constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 
   static constexpr int TOKENS = Shape::BLOCK_COLUMNS * TILE_SIDE;  // of a row block
   static constexpr int SLOT_BYTES = STRIP_SLOT_TENSORS * Shape::BLOCK_BYTES;
-  // What registers allow: a warp holds its tokens of two tensors; a product of queries waits for the next scores.
-  static constexpr bool HOLDS_BOTH = HEAD_DIM == 32, QUEUED = HEAD_DIM == 32;
-  static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
-  static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
-  // Sums of the bias gradient that a lane of a warp of queries keeps, of each row block and of each of two key rows: key - query along columns.
-  static constexpr int SUMS = 2 * Shape::PAIRS + 3;
-  static_assert(!RPB_GRADIENT || HAS_RPB, "the gradient of a bias needs a bias");
-  static_assert(4 * SUMS * 4 * WARP * 4 <= SLOTS * SLOT_BYTES, "the sums are added up where the ring was");
+  static constexpr int K_STEPS = Shape::HEAD_DIM / 16;
 };
 
-// Bias and mask by distance, times log2(e). A line holds {B(dr, dc), B(dr + 1, dc)} for dc = -WINDOW_COLUMNS .. WINDOW_COLUMNS, a pair of rows of keys
+// The mask by distance, 0 or HIDDEN. A line holds what is added for {(dr, dc), (dr + 1, dc)} for dc = -WINDOW_COLUMNS .. WINDOW_COLUMNS, a pair of rows of keys
 // (or of queries, backwards). Lines differ by dr, and by which of both rows lies in the window; tables by where the query's window of
 // columns begins. What lies outside is HIDDEN: so no product needs another mask.
 template <int WINDOW_ROWS, int WINDOW_COLUMNS>
@@ -77,25 +66,15 @@ struct StripMaskedTable {
     return line_offset(dr, in_window(dr, begin<WINDOW_ROWS>(first, rows)), in_window(dr + 1, begin<WINDOW_ROWS>(second, rows)));
   }
 
-  // Fills the table of one head; nothing is read without HAS_RPB. `thread` of `threads`; a barrier must follow.
-  template <bool HAS_RPB, class Rpb>
-  static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, int thread, int threads) {
+  // `thread` of `threads`; a barrier must follow.
+  static FASTNA_DEVICE void build(u8* table, int thread, int threads) {
 #pragma unroll 1
     for (int i = thread; i < BYTES / 8; i += threads) {
       const int at = i - PADDING / 8, line = at / ENTRIES % LINES, dc = at % ENTRIES - WINDOW_COLUMNS;
       const int first_column = at / (ENTRIES * LINES) - (WINDOW_COLUMNS - 1);
       const bool inside = at >= 0 && at < WINDOW_COLUMNS * LINES * ENTRIES && dc >= first_column && dc < first_column + WINDOW_COLUMNS;
       const bool first = line < SECOND_ONLY, second = line < FIRST_ONLY || (line >= SECOND_ONLY && line < NEITHER);
-      const int dr = line < FIRST_ONLY ? line - (WINDOW_ROWS - 1) : line < SECOND_ONLY ? line - FIRST_ONLY : line - SECOND_ONLY - WINDOW_ROWS;
-      const auto value = [&](bool visible, int row_distance) {
-        if (!visible || !inside) return HIDDEN;
-        if constexpr (HAS_RPB) {
-          return to_float(load_readonly(rpb + (row_distance + WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1) + dc + WINDOW_COLUMNS - 1)) * LOG2_E;
-        } else {
-          return 0.0f;
-        }
-      };
-      *reinterpret_cast<float2*>(table + i * 8) = {value(first, dr), value(second, dr + 1)};
+      *reinterpret_cast<float2*>(table + i * 8) = {first && inside ? 0.0f : HIDDEN, second && inside ? 0.0f : HIDDEN};
     }
   }
 };
@@ -117,9 +96,9 @@ struct HopperStripBackwardShared {
 
 // A warp's two columns of a tile.
 struct alignas(16) StripOwnColumns {
-  static constexpr u32 FIRST = 1, SECOND = 2, AT_BORDER = 4, PAIR = 8;
+  static constexpr u32 FIRST = 1, SECOND = 2, PAIR = 4;
   int column;     // the first, of the map
-  u32 flags;      // whether it sums up the first, and the second; of queries, whether a border is near; pairs of columns that they see, or are seen from
+  u32 flags;      // whether it sums up the first, and the second; pairs of columns that they see, or are seen from
   int tables[2];  // of queries: Table::table_offset
 };
 
