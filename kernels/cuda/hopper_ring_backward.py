@@ -30,7 +30,7 @@ from kernels.problem import Axis, Problem
 
 HOPPER_RING_BACKWARD = Struct(
     "HopperRingBackwardArguments",
-    "src/hopper_ring_backward.cuh",
+    "fastna/hopper_ring_backward.cuh",
     query=TENSOR_MAP,
     key=TENSOR_MAP,
     value=TENSOR_MAP,

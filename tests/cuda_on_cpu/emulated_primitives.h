@@ -168,6 +168,7 @@ inline void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   static_assert(is_same<T, bf16> || is_same<T, half>, "mma_m16n8k16 multiplies bf16 or half");
   emulated_mma(is_same<T, bf16> ? emulator::MMA_BF16 : emulator::MMA_HALF, d, a, b0, b1);
 }
+inline void mma_m16n8k8_bf16(float (&d)[4], u32 a0, u32 a1, u32 b) { mma_m16n8k16<bf16>(d, {a0, a1, 0, 0}, b, 0); }
 inline void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) { emulated_mma(emulator::MMA_TF32, d, a, b0, b1); }
 
 }  // namespace fastna

@@ -94,13 +94,13 @@ def check_matrices(device: torch.device) -> None:
     assert torch.equal(out.cpu().view(torch.int16).view(32, 13, 2), expected)
 
 
-def check_mma(device: torch.device, dtype: torch.dtype) -> None:
+def check_mma(device: torch.device, dtype: torch.dtype, half_depth: bool = False) -> None:
     generator = torch.Generator().manual_seed(2)
-    depth = 8 if dtype == torch.float32 else 16
+    depth = 8 if dtype == torch.float32 or half_depth else 16
     a, b = (torch.randn(rows, depth, generator=generator).to(dtype) for rows in (16, 8))
     out = torch.empty(16, 8, device=device)
     config = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bf16"}[dtype]
-    run_probe("mma_probe", out, a.to(device), b.to(device), config=config)
+    run_probe("mma_probe", out, a.to(device), b.to(device), config=f"{config}, true" if half_depth else config)
     expected = 1 + a.double() @ b.double().T
     tolerance = 2e-3 if dtype == torch.float32 else 1e-5  # TF32 keeps 11 bits of each factor
     torch.testing.assert_close(out.cpu().double(), expected, rtol=tolerance, atol=tolerance)

@@ -80,8 +80,8 @@ FASTNA_DEVICE void matrix_probe(const ProbeArguments& args) {
   for (int i = 0; i < 2; ++i) out[10 + i] = two[i];
 }
 
-// out (16 x 8, float) = 1 + a (16 x K) b (8 x K, transposed); K = 16 of T, or 8 floats in TF32.
-template <class T>
+// out (16 x 8, float) = 1 + a (16 x K) b (8 x K, transposed); K = 16 of T, 8 of bf16 with HALF_DEPTH, or 8 floats in TF32.
+template <class T, bool HALF_DEPTH = false>
 FASTNA_DEVICE void mma_probe(const ProbeArguments& args) {
   const int g = lane_index() / 4, q = lane_index() % 4;
   float d[4] = {1, 1, 1, 1};
@@ -91,6 +91,9 @@ FASTNA_DEVICE void mma_probe(const ProbeArguments& args) {
     for (int r = 0; r < 4; ++r) a[r] = to_tf32(A[(g + 8 * (r & 1)) * 8 + q + 4 * (r >> 1)]);
     for (int r = 0; r < 2; ++r) b[r] = to_tf32(B[g * 8 + q + 4 * r]);
     mma_m16n8k8_tf32(d, a, b[0], b[1]);
+  } else if constexpr (HALF_DEPTH) {
+    const u32 *A = static_cast<const u32*>(args.a), *B = static_cast<const u32*>(args.b);
+    mma_m16n8k8_bf16(d, A[g * 4 + q], A[(g + 8) * 4 + q], B[g * 4 + q]);
   } else {
     const u32 *A = static_cast<const u32*>(args.a), *B = static_cast<const u32*>(args.b);
     for (int r = 0; r < 4; ++r) a[r] = A[(g + 8 * (r & 1)) * 8 + q + 4 * (r >> 1)];

@@ -144,6 +144,7 @@ def break_kernel(header: str, edits: list[tuple[str, str]], folder: Path, monkey
         "fastna/hopper_additional.cuh",
         "fastna/hopper_products.cuh",
         "fastna/hopper_strip.cuh",
+        "fastna/hopper_ring_backward.cuh",
     )
     texts = {name: source_of(name) for name in (header, *shared)}
     for old, new in edits:

@@ -34,6 +34,10 @@ def test_matrix_products(dtype):
     checks.check_mma(CPU, dtype)
 
 
+def test_matrix_products_of_half_the_depth():
+    checks.check_mma(CPU, torch.bfloat16, half_depth=True)
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("chunks", [64, 300])
 def test_asynchronous_copies(size, chunks):

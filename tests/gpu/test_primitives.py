@@ -35,6 +35,10 @@ def test_matrix_products(cuda, dtype):
     checks.check_mma(cuda, dtype)
 
 
+def test_matrix_products_of_half_the_depth(cuda):
+    checks.check_mma(cuda, torch.bfloat16, half_depth=True)
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("chunks", [64, 300])
 def test_asynchronous_copies(cuda, size, chunks):

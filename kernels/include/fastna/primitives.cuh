@@ -240,6 +240,14 @@ FASTNA_DEVICE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1
   }
 }
 
+// d (16 x 8, float) += a (16 x 8) b (8 x 8), bf16: half the depth. Lane 4 g + q holds d as above, of a columns 2 q and 2 q + 1 of rows g (a0)
+// and g + 8 (a1), of b rows 2 q and 2 q + 1 of column g.
+FASTNA_DEVICE void mma_m16n8k8_bf16(float (&d)[4], u32 a0, u32 a1, u32 b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a0), "r"(a1), "r"(b));
+}
+
 // d (16 x 8, float) += a (16 x 8) b (8 x 8) in TF32; operands went through to_tf32. Lane 4 g + q holds
 //   a: column q of rows g, g + 8 (a[0], a[1]), column q + 4 of rows g, g + 8 (a[2], a[3]); b: rows q (b0), q + 4 (b1) of column g
 FASTNA_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

@@ -1,0 +1,310 @@
+// What feeds the products of src/hopper_ring_backward.cuh: its rings and tables in shared memory, the warp that copies row blocks into them, and
+// the warps that work out what turns scores into their gradients.
+//
+// Row block i holds rows 8 i - ABOVE - lift .. 8 i - ABOVE - lift + 7. Step s takes the queries and the keys of rows 8 s - lift .. 8 s - lift + 7:
+// all that they see, and all that see them, lies in row blocks s and s + 1. kernels/cuda/hopper_ring_backward.py finds the lift.
+// Of each tensor all slots are one ring of rows, [row][column][channel], with an odd number of columns: then 8 columns of a row, and 8 rows of
+// a column, touch every bank once.
+#pragma once
+
+#include "fastna/hopper_strip.cuh"
+#include "fastna/strip_backward_ring.cuh"
+
+namespace fastna {
+
+struct HopperRingBackwardArguments {
+  TensorMap query, key, value, grad_output;  // boxes of 8 rows, column by column
+  const void* output;                        // this and all below contiguous
+  void *grad_query, *grad_key, *grad_value;
+  const float *lse, *grad_lse;  // the second may be null
+  const void* rpb;
+  float* grad_rpb;  // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
+  Geometry geometry;
+  StripWalks walks;
+  int lift;
+  float scale_log2;  // scale * log2(e)
+};
+
+// STRIP: columns of a strip, even; COLUMNS: of a row block. WARPS: that multiply.
+template <class T_, class Rpb_, bool HAS_RPB_, bool RPB_GRADIENT_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int STRIP_, int COLUMNS_,
+          int SLOTS_, int WARPS_>
+struct HopperRingBackwardConfig {
+  using T = T_;
+  using Rpb = Rpb_;
+  static constexpr bool HAS_RPB = HAS_RPB_, RPB_GRADIENT = RPB_GRADIENT_;
+  static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
+  static constexpr int STRIP = STRIP_, COLUMNS = COLUMNS_, SLOTS = SLOTS_, WARPS = WARPS_;
+  // All warpgroups together have no more than they began with: 128, 168 or 96 each.
+  static_assert(WARPS == 12 || WARPS == 8 || WARPS == 16, "");
+  static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 80 : WARPS == 8 ? 72 : 64;
+  static constexpr int CONSUMER_REGISTERS = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 104;
+  static constexpr int MEASURERS = 3;  // warps
+  static constexpr int ABOVE = WINDOW_ROWS / 2;
+  static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
+  static constexpr int TOKEN = HEAD_DIM * 2;           // bytes, and of the swizzle
+  static constexpr int ROW_BYTES = COLUMNS * TOKEN, BLOCK_BYTES = TILE_SIDE * ROW_BYTES;
+  static constexpr int TENSOR_BYTES = SLOTS * BLOCK_BYTES;  // from a tensor's ring to the next
+  static constexpr int TOKENS = TILE_SIDE * COLUMNS, ROWS = SLOTS * TILE_SIDE;
+  static constexpr int BIAS_LINES_BEFORE = 8;
+  static constexpr int BIAS_LINES = 2 * WINDOW_ROWS - 1 + 2 * BIAS_LINES_BEFORE;
+  static constexpr int BIAS_LINE = 2 * WINDOW_COLUMNS + 1;
+  static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
+  static_assert(COLUMNS % 2 == 1 && COLUMNS >= KEY_COLUMNS && STRIP % 2 == 0, "");
+  static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "a token is one swizzled row");
+  static_assert(!RPB_GRADIENT || 2 * WINDOW_ROWS - 1 <= 16, "the bias gradient sums its row offsets in one matrix product");
+};
+
+// Of a step: rows in reach, counted from its first row block's first.
+struct alignas(16) RingStep {
+  struct Sweep {
+    int begin, rows;  // both even
+  };
+  uint2 rows[8];  // of keys that a query of this row sees, of queries that see a key; the highest bit is the sweep's first row
+  Sweep keys, queries;
+};
+static_assert(sizeof(RingStep) == 80 && sizeof(StripSweep) == 48, "the host counts as many bytes");
+
+// 8 numbers bf16: what is added to a score, -lse / scale, in three parts, as many of -delta = grad_lse - sum(grad_output * output), and zeros. So
+// a product with ones adds either where the columns of scores are queries.
+struct RingStatistics {
+  FASTNA_DEVICE static uint4 of(float lse, float delta) {
+    const uint2 first = split(lse), second = split(delta);
+    return {first.x, first.y | second.x << 16, second.x >> 16 | second.y << 16, 0};
+  }
+  FASTNA_DEVICE static float2 sum(uint4 parts) {
+    const float2 a = unpack2<bf16>(parts.x), b = unpack2<bf16>(parts.y), c = unpack2<bf16>(parts.z);
+    return {a.x + (a.y + b.x), b.y + (c.x + c.y)};
+  }
+  // The lane's part of a left operand of ones.
+  FASTNA_DEVICE static u32 lse_ones() { return select(ONE | ONE << 16, ONE, 0); }
+  FASTNA_DEVICE static u32 delta_ones() { return select(0, ONE << 16, ONE | ONE << 16); }
+
+ private:
+  static constexpr u32 ONE = 0x3f80;
+  FASTNA_DEVICE static u32 select(u32 a, u32 b, u32 c) {
+    const int q = lane_index() & 3;
+    return q == 0 ? a : q == 1 ? b : q == 2 ? c : 0;
+  }
+  // Three parts of 16 bits.
+  FASTNA_DEVICE static uint2 split(float value) {
+    const bf16 first = from_float<bf16>(value);
+    value -= to_float(first);
+    const bf16 second = from_float<bf16>(value);
+    value -= to_float(second);
+    return {static_cast<u32>(first.bits) | static_cast<u32>(second.bits) << 16, from_float<bf16>(value).bits};
+  }
+};
+
+enum RingTensor : int { RING_KEY, RING_VALUE, RING_QUERY, RING_GRAD_OUTPUT, RING_TENSORS };
+
+template <class Config>
+struct HopperRingShared {
+  u8 ring[RING_TENSORS][Config::SLOTS][Config::BLOCK_BYTES];
+  uint4 statistics[Config::ROWS * Config::COLUMNS];  // of a token, see RingStatistics
+  float4 bias[Config::HAS_RPB ? Config::BIAS_LINES * Config::BIAS_LINE : 1];
+  float bias_gradient[Config::RPB_GRADIENT ? round_up(Config::WARPS * Config::OFFSETS, 4) : 4];
+  MemoryBarrier full[Config::SLOTS], ready[Config::SLOTS], empty[Config::SLOTS];
+  // Behind: StripSweep [pairs of columns of the map][queries, keys][SWEEPS], RingStep [steps]
+};
+
+template <class Config>
+struct HopperRing {
+  using T = typename Config::T;
+  using Shared = HopperRingShared<Config>;
+  using RowAxis = SlidingAxis<Config::WINDOW_ROWS>;
+  using ColumnAxis = SlidingAxis<Config::WINDOW_COLUMNS>;
+  using Position = RingPosition<Config::SLOTS>;
+  static constexpr int D = Config::HEAD_DIM, TOKEN = Config::TOKEN, COLUMNS = Config::COLUMNS, WARPS = Config::WARPS;
+  static constexpr int THREADS = WARPS * WARP;  // that multiply
+
+  const HopperRingBackwardArguments& args;
+  Shared& shared;
+  int head, member;
+
+  FASTNA_DEVICE HopperRing(const HopperRingBackwardArguments& args_, Shared& shared_) : args(args_), shared(shared_) {
+    u32 block = block_index();
+    keep(block);
+    head = block % args.geometry.heads, member = block / args.geometry.heads;
+  }
+
+  FASTNA_DEVICE int rows() const { return args.geometry.axis[1].length; }
+  FASTNA_DEVICE int columns() const { return args.geometry.axis[2].length; }
+  FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const { return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * SWEEPS; }
+  FASTNA_DEVICE RingStep* steps() const { return reinterpret_cast<RingStep*>(sweeps(ceil_div(columns(), 2), 0)); }
+  FASTNA_DEVICE u32 token_index(int batch, int row, int column) const { return ((batch * rows() + row) * columns() + column) * args.geometry.heads + head; }
+
+  // First column of a strip's row blocks.
+  FASTNA_DEVICE int origin(int first_column) const {
+    return minimum(window_at(ColumnAxis{}, first_column, columns()).begin, queries_at(ColumnAxis{}, first_column, columns()).begin);
+  }
+  // Of a token's chunk: its place by the address that it would have without swizzle.
+  FASTNA_DEVICE static u32 swizzled(u32 address) { return address ^ (address >> 3 & (TOKEN - 16)); }
+
+  // The warp is done with what the barrier guards.
+  FASTNA_DEVICE static void release(MemoryBarrier& barrier) {
+    sync_warp();
+    if (lane_index() == 0) barrier_arrive(barrier);
+  }
+  // ---- What brings row blocks
+
+  // A warp, of which one thread copies.
+  FASTNA_DEVICE void produce() const {
+    Position at;
+    StripWalk walk(args.walks, member);
+    if (lane_index() != 0) return;
+    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+      const int column = origin(walk.strip * Config::STRIP);
+      for (int block = 0; block <= args.walks.steps; ++block, at.advance()) {
+        const int row = block * TILE_SIDE - Config::ABOVE - args.lift;
+        MemoryBarrier& full = shared.full[at.slot];
+        barrier_wait(shared.empty[at.slot], at.parity ^ 1);
+        barrier_expect(full, RING_TENSORS * Config::BLOCK_BYTES);
+        copy_box(shared.ring[RING_GRAD_OUTPUT][at.slot], args.grad_output, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[RING_QUERY][at.slot], args.query, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[RING_KEY][at.slot], args.key, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[RING_VALUE][at.slot], args.value, full, head * D, column, row, 0, walk.entry);
+      }
+    }
+  }
+
+  // MEASURERS warps: the statistics of every row block. A lane takes a chunk of a token.
+  FASTNA_DEVICE void measure(int warp) const {
+    constexpr int BATCH = D == 32 && COLUMNS > 16 && WARPS < 16 ? 6 : 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
+    const int chunk = lane_index() % Config::CHUNKS, first = warp * ROUND + lane_index() / Config::CHUNKS;
+    const T* const output = static_cast<const T*>(args.output) + chunk * 8;
+    const float minus_inverse_scale = -1.0f / args.geometry.scale;
+    Position at;
+    for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
+      const int first_column = origin(walk.strip * Config::STRIP);
+      for (int block = 0; block <= args.walks.steps; ++block, at.advance()) {
+        const int first_row = block * TILE_SIDE - Config::ABOVE - args.lift;
+#pragma unroll 1
+        for (int base = 0; base < Config::TOKENS; base += BATCH * STRIDE) {
+          uint4 values[BATCH];
+          float lse[BATCH], less[BATCH];
+          FASTNA_UNROLL
+          for (int n = 0; n < BATCH; ++n) {
+            const int token = base + n * STRIDE + first, row = first_row + token / COLUMNS, column = first_column + token % COLUMNS;
+            values[n] = {0, 0, 0, 0};
+            lse[n] = less[n] = 0.0f;
+            if (token < Config::TOKENS && static_cast<u32>(row) < static_cast<u32>(rows()) && column < columns()) {
+              const u32 index = token_index(walk.entry, row, column);
+              values[n] = load_readonly(reinterpret_cast<const uint4*>(output + static_cast<u64>(index) * D));
+              lse[n] = load_readonly(args.lse + index);
+              if (args.grad_lse != nullptr) less[n] = load_readonly(args.grad_lse + index);
+            }
+          }
+          if (base == 0) barrier_wait(shared.full[at.slot], at.parity);
+          FASTNA_UNROLL
+          for (int n = 0; n < BATCH; ++n) {
+            const int token = base + n * STRIDE + first;
+            float delta = 0.0f;
+            if (token < Config::TOKENS) {
+              const u32 place = (RING_GRAD_OUTPUT * Config::SLOTS + at.slot) * Config::BLOCK_BYTES + token * TOKEN + chunk * 16;
+              const uint4 grad = *reinterpret_cast<const uint4*>(shared.ring[0][0] + swizzled(place));
+              delta = add_dot(values[n].x, grad.x, add_dot(values[n].y, grad.y, 0.0f));
+              delta = add_dot(values[n].z, grad.z, add_dot(values[n].w, grad.w, delta));
+            }
+            FASTNA_UNROLL
+            for (int distance = 1; distance < Config::CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
+            less[n] -= delta;
+          }
+          // Of a token's lanes each writes another one's.
+          FASTNA_UNROLL
+          for (int n = 0; n < BATCH; n += Config::CHUNKS) {
+            float own_lse = lse[n], own_delta = less[n];
+            FASTNA_UNROLL
+            for (int i = 1; i < minimum(Config::CHUNKS, BATCH - n); ++i) {
+              if (chunk == i) own_lse = lse[n + i], own_delta = less[n + i];
+            }
+            const int token = base + (n + chunk) * STRIDE + first;
+            if (n + chunk < BATCH && token < Config::TOKENS) {
+              shared.statistics[at.slot * Config::TOKENS + token] = RingStatistics::of(own_lse * minus_inverse_scale, own_delta);
+            }
+          }
+        }
+        release(shared.ready[at.slot]);
+      }
+    }
+  }
+  FASTNA_DEVICE static float add_dot(u32 a, u32 b, float sum) {
+    const float2 x = unpack2<T>(a), y = unpack2<T>(b);
+    return x.x * y.x + (x.y * y.y + sum);
+  }
+
+  // ---- Before: THREADS threads
+
+  FASTNA_DEVICE void prepare(int thread) const {
+    fill_sweeps(thread);
+    for (int i = thread; i < args.walks.steps * 8; i += THREADS) fill_step(i / 8, i % 8);
+    if constexpr (Config::HAS_RPB) fill_bias(thread);
+    if constexpr (Config::RPB_GRADIENT) {
+#pragma unroll 1
+      for (int i = thread; i < WARPS * Config::OFFSETS; i += THREADS) shared.bias_gradient[i] = 0.0f;
+    }
+  }
+  // Row `g` of a step.
+  FASTNA_DEVICE void fill_step(int step, int g) const {
+    const int length = rows(), first = step * TILE_SIDE - args.lift - Config::ABOVE, own = first + Config::ABOVE, row = own + g;
+    const int begin = maximum(own, 0), last = minimum(own + TILE_SIDE, length) - 1;
+    RingStep& table = steps()[step];
+    const auto sweep = [=](Interval from, Interval to) {
+      const int at = (from.begin - first) & ~1;
+      return RingStep::Sweep{at, ((to.end - first + 1) & ~1) - at};
+    };
+    const RingStep::Sweep keys = sweep(window_at(RowAxis{}, begin, length), window_at(RowAxis{}, last, length));
+    const RingStep::Sweep queries = sweep(queries_at(RowAxis{}, begin, length), queries_at(RowAxis{}, last, length));
+    const auto bits = [=](Interval reach, int from) {
+      return row >= begin && row <= last ? ((1u << reach.size()) - 1) << (32 - (reach.end - first - from)) : 0;
+    };
+    table.rows[g] = {bits(window_at(RowAxis{}, row, length), keys.begin), bits(queries_at(RowAxis{}, row, length), queries.begin)};
+    if (g == 0) table.keys = keys, table.queries = queries;
+  }
+  // As StripBackwardLoader::fill_sweeps, for all columns of the map.
+  FASTNA_DEVICE void fill_sweeps(int thread) const {
+    const int length = columns();
+#pragma unroll 1
+    for (int i = thread; i < ceil_div(length, 2) * 2 * 4; i += THREADS) {
+      const int pair = i / 8, phase = i / 4 % 2, q = i % 4;
+      const int column = pair * 2, second = minimum(column + 1, length - 1), from = origin(column / Config::STRIP * Config::STRIP);
+      const Interval first = phase == 0 ? window_at(ColumnAxis{}, column, length) : queries_at(ColumnAxis{}, column, length);
+      const Interval last = phase == 0 ? window_at(ColumnAxis{}, second, length) : queries_at(ColumnAxis{}, second, length);
+#pragma unroll 1
+      for (int n = 0; n < SWEEPS; ++n) {
+        const int begin = first.begin + n * KEY_COLUMNS, end = last.end;
+        const int stored = minimum(begin - from, COLUMNS - KEY_COLUMNS);
+        const int low = stored + from + (phase == 0 ? 2 * q : 7 - 2 * q), high = phase == 0 ? low + 1 : low - 1;
+        const auto bits = [=](Interval reach) {
+          const Interval visible = {maximum(reach.begin, begin), reach.end};  // not twice
+          return (visible.contains(low) ? 0xffffu : 0u) | (visible.contains(high) ? 0xffff0000u : 0u);
+        };
+        StripSweep& sweep = sweeps(pair, phase)[n];
+        const u32 of_first = bits(first), of_last = second == column && phase == 0 ? 0 : bits(last);
+        sweep.masks[q] = phase == 0 ? uint2{of_first, of_last} : uint2{of_last, of_first};
+        if (q == 0) {
+          sweep.stored = stored;
+          sweep.upper = (phase == 0 ? column : second) - from;
+          sweep.lower = (phase == 0 ? second : column) - from;
+          sweep.more = n + 1 < SWEEPS && begin + KEY_COLUMNS < end;
+        }
+      }
+    }
+  }
+  // As StripBackwardLoader::fill_bias.
+  FASTNA_DEVICE void fill_bias(int thread) const {
+    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
+    const float inverse_scale = 1.0f / args.geometry.scale;
+#pragma unroll 1
+    for (int i = thread; i < Config::BIAS_LINES * Config::BIAS_LINE; i += THREADS) {
+      const int line = i / Config::BIAS_LINE - Config::BIAS_LINES_BEFORE, x = i % Config::BIAS_LINE - Config::WINDOW_COLUMNS;
+      const auto one = [=](int offset) {
+        const int index = offset + Config::WINDOW_COLUMNS - 1;
+        if (line < 0 || line > 2 * Config::WINDOW_ROWS - 2 || index < 0 || index > 2 * Config::WINDOW_COLUMNS - 2) return 0.0f;
+        return to_float(load_readonly(rpb + line * (2 * Config::WINDOW_COLUMNS - 1) + index)) * inverse_scale;
+      };
+      shared.bias[i] = {one(x), one(x + 1), one(x - 1), one(x)};
+    }
+  }
+};
+
+}  // namespace fastna
