@@ -20,6 +20,8 @@ struct HopperRingBackward : HopperRing<Config> {
   using BiasGradient = StripBiasGradient<Config>;
   static constexpr int K_STEPS = Config::K_STEPS;
   static constexpr int CONSUMERS = 1;  // a named barrier
+  // Of the bias gradient: a pair's sweeps lie at as many distances, and away from borders always the same.
+  static constexpr int SUMS = Config::RPB_GRADIENT ? Config::INNER_SWEEPS : 1;
 
   FASTNA_DEVICE void wait(const Position& at) const {
     barrier_wait(shared.full[at.slot], at.parity);
@@ -29,7 +31,9 @@ struct HopperRingBackward : HopperRing<Config> {
   FASTNA_DEVICE void consume(int warp) const {
     prepare(warp * WARP + lane_index());
     named_barrier(CONSUMERS, THREADS);
-    BiasGradient bias_gradient(shared.bias_gradient + warp * Config::OFFSETS);
+    BiasGradient bias_gradient[SUMS];
+    FASTNA_UNROLL
+    for (int i = 0; i < SUMS; ++i) bias_gradient[i].table = shared.bias_gradient + warp * Config::OFFSETS;
     Position at;
     int item = warp;
 #pragma unroll 1
@@ -37,9 +41,14 @@ struct HopperRingBackward : HopperRing<Config> {
       const int first_pair = walk.strip * (Config::STRIP / 2);
       const int pairs = minimum(Config::STRIP / 2, ceil_div(columns(), 2) - first_pair);
       wait(at);
+      FASTNA_UNROLL
+      for (int i = 2; i < Config::BLOCKS; ++i) {
+        at.advance();
+        wait(at);
+      }
 #pragma unroll 1
       for (int step = 0; step < args.walks.steps; ++step) {
-        const int slot = at.slot;
+        const int slot = slot_before(at, Config::BLOCKS - 2);
         at.advance();
         wait(at);
 #pragma unroll 1
@@ -49,11 +58,13 @@ struct HopperRingBackward : HopperRing<Config> {
         item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
         release(shared.empty[slot]);
       }
-      release(shared.empty[at.slot]);
+      FASTNA_UNROLL
+      for (int i = Config::BLOCKS - 2; i >= 0; --i) release(shared.empty[slot_before(at, i)]);
       at.advance();
     }
     if constexpr (Config::RPB_GRADIENT) {
-      bias_gradient.flush();
+      FASTNA_UNROLL
+      for (int i = 0; i < SUMS; ++i) bias_gradient[i].flush();
       named_barrier(CONSUMERS, THREADS);
       float* const part = args.grad_rpb + static_cast<i64>(block_index()) * Config::OFFSETS;
 #pragma unroll 1
@@ -66,6 +77,10 @@ struct HopperRingBackward : HopperRing<Config> {
     }
   }
 
+  FASTNA_DEVICE static int slot_before(const Position& at, int blocks) {
+    const int slot = at.slot - blocks;
+    return blocks == 0 || slot >= 0 ? slot : slot + Config::SLOTS;
+  }
   // Row `row` of the rings, of those that begin with a slot's first.
   FASTNA_DEVICE static int ring_row(int slot, int row) {
     row += slot * TILE_SIDE;
@@ -123,11 +138,14 @@ struct HopperRingBackward : HopperRing<Config> {
     return shared.bias + line * Config::BIAS_LINE + entry;
   }
   // After how many rows of a sweep the ring begins anew; never where it does not, or has before the first.
-  FASTNA_DEVICE static int rows_to_wrap(int slot, int begin) { return slot == Config::SLOTS - 1 ? TILE_SIDE - begin : 0; }
+  FASTNA_DEVICE static int rows_to_wrap(int slot, int begin) {
+    if constexpr (Config::BLOCKS > 2) return (Config::SLOTS - slot) * TILE_SIDE - begin;
+    return slot == Config::SLOTS - 1 ? TILE_SIDE - begin : 0;
+  }
   FASTNA_DEVICE static void start_from(float (&s)[4], float4 initial) { s[0] = initial.x, s[1] = initial.y, s[2] = initial.z, s[3] = initial.w; }
 
   // The gradient of a step's queries in a pair of columns.
-  FASTNA_DEVICE void queries(int step, int slot, int batch, int pair, BiasGradient& bias_gradient) const {
+  FASTNA_DEVICE void queries(int step, int slot, int batch, int pair, BiasGradient (&bias_gradient)[SUMS]) const {
     const int g = lane_index() >> 2, q = lane_index() & 3;
     const float scale2 = args.scale_log2;
     const StripSweep* sweep = sweeps(pair, 0);
@@ -135,6 +153,7 @@ struct HopperRingBackward : HopperRing<Config> {
     const RingStep::Sweep key_rows = table.keys;
     const u32 row_bits = table.rows[g].x;
     const int wrap = rows_to_wrap(slot, key_rows.begin);
+    const bool has_outer = Config::RPB_GRADIENT && BiasGradient::PRODUCTS > 1 && any_in_warp((row_bits & OUTER) != 0);
 
     u32 query[K_STEPS][4], grad[K_STEPS][4];
     const u32 left = left_address(slot, sweep->upper, sweep->lower);
@@ -147,42 +166,48 @@ struct HopperRingBackward : HopperRing<Config> {
 
     float dq[Products::D_TILES][4] = {};
 #pragma unroll 1
-    for (bool more = true; more; ++sweep) {
-      const int stored = sweep->stored, distance = stored - sweep->upper;
-      const uint2 columns = sweep->masks[q];
-      more = sweep->more != 0;
-      Right right(shared_address(shared.ring), ring_row(slot, key_rows.begin), stored, false);
-      const int offset = key_rows.begin - Config::ABOVE;
-      const float4* initial = bias(offset - g, distance + 2 * q);
-      if constexpr (Config::RPB_GRADIENT) bias_gradient.begin(offset + Config::WINDOW_ROWS - 1, distance);
-      u32 visible = row_bits;
+    for (bool more = true; more;) {
+      FASTNA_UNROLL
+      for (int n_sums = 0; n_sums < SUMS; ++n_sums) {
+        const int stored = sweep->stored, distance = stored - sweep->upper;
+        const uint2 columns = sweep->masks[q];
+        more = sweep->more != 0;
+        ++sweep;
+        Right right(shared_address(shared.ring), ring_row(slot, key_rows.begin), stored, false);
+        const int offset = key_rows.begin - Config::ABOVE;
+        const float4* initial = bias(offset - g, distance + 2 * q);
+        if constexpr (Config::RPB_GRADIENT) bias_gradient[n_sums].begin(offset + Config::WINDOW_ROWS - 1, distance);
+        u32 visible = row_bits;
 
 #pragma unroll 1
-      for (int j = 0; j < key_rows.rows;) {
-        const u32 plain = swizzled(right.at), transposed = swizzled(right.at + Right::to_transposed());
-        float s[2][4] = {}, dp[2][4];
-        u32 ds[4];
-        FASTNA_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          if constexpr (Config::HAS_RPB) start_from(s[n], initial[n * Config::BIAS_LINE]);
-          start_from(dp[n], minus_delta);
+        for (int j = 0; j < key_rows.rows;) {
+          const u32 plain = swizzled(right.at), transposed = swizzled(right.at + Right::to_transposed());
+          float s[2][4] = {}, dp[2][4];
+          u32 ds[4];
+          FASTNA_UNROLL
+          for (int n = 0; n < 2; ++n) {
+            if constexpr (Config::HAS_RPB) start_from(s[n], initial[n * Config::BIAS_LINE]);
+            start_from(dp[n], minus_delta);
+          }
+          multiply_transposed(s, query, plain, RING_KEY);
+          multiply_transposed(dp, grad, plain, RING_VALUE);
+          FASTNA_UNROLL
+          for (int n = 0; n < 2; ++n) {
+            const u32 rows = row_mask(visible, n);
+            // Masked as bits: a score outside the window may overflow, and infinity times anything is not zero.
+            ds[2 * n] = pack2<T>(exp2_approx(s[n][0] * scale2 - lse0) * dp[n][0], exp2_approx(s[n][1] * scale2 - lse0) * dp[n][1]) &
+                        columns.x & rows;
+            ds[2 * n + 1] = pack2<T>(exp2_approx(s[n][2] * scale2 - lse1) * dp[n][2], exp2_approx(s[n][3] * scale2 - lse1) * dp[n][3]) &
+                            columns.y & rows;
+          }
+          if constexpr (Config::RPB_GRADIENT) bias_gradient[n_sums].add(ds, j, has_outer);
+          multiply(dq, ds, transposed, RING_KEY);
+          j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE, right.at += 2 * Config::ROW_BYTES;
+          if (j == wrap) right.at -= Config::TENSOR_BYTES;
         }
-        multiply_transposed(s, query, plain, RING_KEY);
-        multiply_transposed(dp, grad, plain, RING_VALUE);
-        FASTNA_UNROLL
-        for (int n = 0; n < 2; ++n) {
-          const u32 rows = row_mask(visible, n);
-          // Masked as bits: a score outside the window may overflow, and infinity times anything is not zero.
-          ds[2 * n] = pack2<T>(exp2_approx(s[n][0] * scale2 - lse0) * dp[n][0], exp2_approx(s[n][1] * scale2 - lse0) * dp[n][1]) &
-                      columns.x & rows;
-          ds[2 * n + 1] = pack2<T>(exp2_approx(s[n][2] * scale2 - lse1) * dp[n][2], exp2_approx(s[n][3] * scale2 - lse1) * dp[n][3]) &
-                          columns.y & rows;
-        }
-        if constexpr (Config::RPB_GRADIENT) bias_gradient.add(ds, j);
-        multiply(dq, ds, transposed, RING_KEY);
-        j += 2, visible <<= 2, initial += 2 * Config::BIAS_LINE, right.at += 2 * Config::ROW_BYTES;
-        if (j == wrap) right.at -= Config::TENSOR_BYTES;
+        if (SUMS > 1 && !more) break;
       }
+      if (SUMS > 1) break;
     }
     Products::store(dq, args.geometry.scale, static_cast<T*>(args.grad_query), targets(step, batch, 2 * pair, 2 * pair + 1));
   }
