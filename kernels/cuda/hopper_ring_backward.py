@@ -137,13 +137,13 @@ def _row_blocks(window: int) -> tuple[int, int]:
 
 def _sweeps(window: int) -> int:
     """Of 8 columns, for all that see a pair of them: HopperRingBackwardConfig's."""
-    return max(2, -(-(window + window // 2 + 1) // SIDE))
+    return max(-(-2 * window // SIDE), 2)
 
 
 @functools.cache
 def lift_of(axis: Axis) -> int | None:
-    """By how many rows steps begin before the map: row blocks then hold all that a step's rows see or are seen from, and
-    the fewest are multiplied in vain. None where nothing helps."""
+    """By how many rows steps begin before the map: row blocks then hold all that a step's rows see or are seen from,
+    and the fewest are multiplied in vain. None where nothing helps."""
     lifts = [(*work, lift) for lift in range(SIDE) if (work := _work(axis, lift))]
     return min(lifts)[-1] if lifts else None
 

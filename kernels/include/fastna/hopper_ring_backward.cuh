@@ -42,9 +42,13 @@ struct HopperRingBackwardConfig {
   static constexpr int MEASURERS = 3;  // warps
   // Windows up to 7 reach over two row blocks. So would 9, but not at borders, where keys are seen from further away.
   static constexpr int BLOCKS = WINDOW_ROWS <= 7 ? 2 : 3, ABOVE = WINDOW_ROWS <= 7 ? WINDOW_ROWS / 2 : TILE_SIDE;
-  // Of 8 columns, that a pair of columns takes: at most, as keys near a border; and away from it, as queries.
-  static constexpr int SWEEPS = WINDOW_COLUMNS <= 7 ? 2 : ceil_div(WINDOW_COLUMNS + WINDOW_COLUMNS / 2 + 1, KEY_COLUMNS);
+  // Of 8 columns, that a pair of columns takes: as queries; and at most, as keys that both borders' queries see, of a map twice as wide as a window.
   static constexpr int INNER_SWEEPS = ceil_div(WINDOW_COLUMNS + 1, KEY_COLUMNS);
+  static constexpr int SWEEPS = maximum(ceil_div(2 * WINDOW_COLUMNS, KEY_COLUMNS), 2);
+  // Whether a last sweep of at most 4 columns is folded: 8 tokens are then 4 of one row and 4 of that FOLD rows further on, which with an odd
+  // number of columns touch every bank once, and half as many rows are swept: the first FOLD of the row blocks in reach, and so the others too.
+  static constexpr int FOLD = 12;
+  static constexpr bool FOLDS = BLOCKS * TILE_SIDE == 2 * FOLD && (WINDOW_COLUMNS == 9 || WINDOW_COLUMNS == 11);
   static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
   static constexpr int TOKEN = HEAD_DIM * 2;           // bytes, and of the swizzle
   static constexpr int ROW_BYTES = COLUMNS * TOKEN, BLOCK_BYTES = TILE_SIDE * ROW_BYTES;
@@ -72,6 +76,8 @@ struct alignas(16) RingStep {
 static_assert(sizeof(RingStep) == 80 && sizeof(StripSweep) == 48, "the host counts as many bytes");
 
 constexpr u32 OUTER = 1;
+// StripSweep::more, where the next sweep is folded.
+constexpr int FOLDED = 2;
 
 // 8 numbers bf16: what is added to a score, -lse / scale, in three parts, as many of -delta = grad_lse - sum(grad_output * output), and zeros. So
 // a product with ones adds either where the columns of scores are queries.
@@ -284,10 +290,11 @@ struct HopperRing {
 #pragma unroll 1
       for (int n = 0; n < Config::SWEEPS; ++n) {
         const int begin = first.begin + n * KEY_COLUMNS, end = last.end;
+        const bool folded = folds(n, begin, end);
+        const int width = folded ? 4 : KEY_COLUMNS, in_width = 2 * q & (width - 1);
         // A wide window's last sweep ends with it: as far from the pair as any other pair's, see StripBiasGradient.
-        const int last_stored = (Config::INNER_SWEEPS > 1 ? maximum(end - from, KEY_COLUMNS) : COLUMNS) - KEY_COLUMNS;
-        const int stored = minimum(begin - from, last_stored);
-        const int low = stored + from + (phase == 0 ? 2 * q : 7 - 2 * q), high = phase == 0 ? low + 1 : low - 1;
+        const int stored = minimum(begin - from, (Config::INNER_SWEEPS > 1 ? maximum(end - from, width) : COLUMNS) - width);
+        const int low = stored + from + (phase == 0 ? in_width : width - 1 - in_width), high = phase == 0 ? low + 1 : low - 1;
         const auto bits = [=](Interval reach) {
           const Interval visible = {maximum(reach.begin, begin), reach.end};  // not twice
           return (visible.contains(low) ? 0xffffu : 0u) | (visible.contains(high) ? 0xffff0000u : 0u);
@@ -299,11 +306,12 @@ struct HopperRing {
           sweep.stored = stored;
           sweep.upper = (phase == 0 ? column : second) - from;
           sweep.lower = (phase == 0 ? second : column) - from;
-          sweep.more = n + 1 < Config::SWEEPS && begin + KEY_COLUMNS < end;
+          sweep.more = n + 1 < Config::SWEEPS && begin + KEY_COLUMNS < end ? (folds(n + 1, begin + KEY_COLUMNS, end) ? FOLDED : 1) : 0;
         }
       }
     }
   }
+  FASTNA_DEVICE static bool folds(int sweep, int begin, int end) { return Config::FOLDS && sweep > 0 && end - begin <= 4; }
   // As StripBackwardLoader::fill_bias.
   FASTNA_DEVICE void fill_bias(int thread) const {
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
