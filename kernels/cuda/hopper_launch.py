@@ -91,7 +91,7 @@ def map_row_blocks(
     problem: Problem, tensor: Tensor, columns: int, entries: int = 1, *, column_by_column: bool = False
 ) -> MapOf:
     """Maps for copies of 8 rows by `columns` columns of one head of `[batch, rows, columns, heads, channels]`, of as
-    many batch entries.
+    many batch entries; rows and columns of one dilation group.
 
     In shared memory tokens lie row by row, and a place is (channel, column, row, 0, batch); or column by column, and it
     is (channel, row, column, 0, batch). The head is in the channel.
@@ -99,13 +99,14 @@ def map_row_blocks(
     batch, rows, width, heads, channels = tensor.shape
     steps = tensor.stride()
     batch_step = steps[0] if batch > 1 else max(steps[0], 8)
-    axes = [(width, steps[2], columns), (rows, steps[1], 8)]
+    row_step, column_step = problem.dilation
+    axes = [(width, steps[2], columns, column_step), (rows, steps[1], 8, row_step)]
     inner, outer = reversed(axes) if column_by_column else axes
     sizes = [(heads - 1) * steps[3] + channels, inner[0], outer[0], 1, batch]
     strides = [inner[1], outer[1], batch_step, batch_step]
-    box = (channels, inner[2], outer[2], 1, entries)
+    box, taken = (channels, inner[2], outer[2], 1, entries), (1, inner[3], outer[3], 1, 1)
     swizzle = channels * tensor.element_size()
-    encode = runtime.tensor_map_encoder(problem.device, tensor.dtype, sizes, strides, box, (1,) * 5, swizzle)
+    encode = runtime.tensor_map_encoder(problem.device, tensor.dtype, sizes, strides, box, taken, swizzle)
     return functools.lru_cache(maxsize=KEPT_MAPS)(encode)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import SIDE, WALKS, walks_of, why_no_shape
+from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, walks_of, why_no_shape
 from kernels.problem import Axis, Problem
 
 HOPPER_RING_BACKWARD = Struct(
@@ -73,9 +73,10 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve `problem`'s backward pass, in one sentence; None if it does."""
-    reason = why_no_shape(problem, WINDOWS)
+    reason = why_no_shape(problem, WINDOWS, dilates=True)
     if reason:
         return reason
+    problem = as_maps(problem)
     if problem.head_dim > 32 and not problem.has_rpb:
         return "without a bias others are faster with a head_dim of 64"
     if lift_of(problem.axes[0]) is None:
@@ -104,18 +105,19 @@ def bind_backward(
 ) -> BoundBackward:
     """Of problems and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
     device = runtime.properties(problem.device)
-    strip = choose_strip(problem, problem.has_rpb, device)
-    lift = lift_of(problem.axes[0])
+    maps = as_maps(problem)
+    strip = choose_strip(maps, problem.has_rpb, device)
+    lift = lift_of(maps.axes[0])
     assert strip is not None, "why_not accepts the problem"
     assert lift is not None, "why_not accepts the problem"
-    walks = walks_of(problem, strip.columns, 1, device)
+    walks = walks_of(maps, strip.columns, 1, device)
     packed = HOPPER_RING_BACKWARD.pack(
-        geometry=pack_geometry(problem),
-        walks=walks.pack(_steps(problem.space[0], lift)),
+        geometry=pack_geometry(maps),
+        walks=walks.pack(_steps(maps.space[0], lift)),
         lift=lift,
         scale_log2=problem.scale * math.log2(math.e),
     )
-    source, used = source_of(problem, strip, needs_rpb_grad), shared_bytes(problem, strip, needs_rpb_grad)
+    source, used = source_of(maps, strip, needs_rpb_grad), shared_bytes(maps, strip, needs_rpb_grad)
     start = Launch(source, walks.grid, used, packed, _set_pointers).bind(problem.device)
     tensors = (operands.query, operands.key, operands.value, grad_output)
     query, key, value, grad = (map_row_blocks(problem, tensor, strip.block_columns) for tensor in tensors)
@@ -216,6 +218,7 @@ def source_of(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> KernelSou
         strip.block_columns,
         strip.slots,
         strip.warps,
+        max(problem.dilation) > 1,
     )
     return KernelSource(
         header="src/hopper_ring_backward.cuh",
@@ -231,14 +234,16 @@ def representative_sources() -> Iterable[KernelSource]:
     """The sliding layers of the published models (kernel sizes 7 and 11, with bias) and the neighbouring cases."""
 
     def source(problem: Problem, needs_rpb_grad: bool = True) -> KernelSource:
-        strip = choose_strip(problem, problem.has_rpb, HOPPER)
+        maps = as_maps(problem)
+        strip = choose_strip(maps, problem.has_rpb, HOPPER)
         assert strip is not None, "its rings fit"
-        return source_of(problem, strip, problem.has_rpb and needs_rpb_grad)
+        return source_of(maps, strip, problem.has_rpb and needs_rpb_grad)
 
     for length in (56, 28, 14):
         yield source(nat_layer(length, torch.bfloat16))
     for length in (56, 28, 14, 12):
         yield source(nat_layer(length, torch.bfloat16, window=11))
+    yield source(replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(96, 11, 8),) * 2))
     yield source(nat_layer(28, torch.float16))
     yield source(nat_layer(14, torch.bfloat16, head_dim=64))
     yield source(nat_layer(56, torch.bfloat16, rpb=False))

@@ -6,6 +6,8 @@ stay on their SM, each with one head, and take walk after walk; see include/fast
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from kernels.cuda import runtime
 from kernels.cuda.arguments import INT, MAP_LIMIT, Struct
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
+from kernels.cuda.tensor_map import MAX_STEP
 from kernels.problem import Problem
 
 WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
@@ -59,7 +62,7 @@ def walks_of(problem: Problem, columns: int, maps: int, device: DeviceProperties
     return Walks(problem.heads, strips, entries, min(at_once * strips, entries * strips))
 
 
-def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS) -> str | None:
+def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS, *, dilates: bool = False) -> str | None:
     """Why row blocks and walks do not suit a problem, forward or backward, in one sentence; None where they do."""
     reason = runtime.why_not_here(problem)
     if reason:
@@ -74,8 +77,12 @@ def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS) -> str | No
         return f"it takes one head_dim of {HEAD_DIMS}, not {problem.head_dim} and {problem.value_dim}"
     if problem.key_heads != problem.heads:
         return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
-    if any(axis.causal or axis.stride != 1 or axis.dilation != 1 for axis in problem.axes):
-        return "it knows no causal masking, no stride and no dilation"
+    if any(axis.causal or axis.stride != 1 for axis in problem.axes):
+        return "it knows no causal masking and no stride"
+    if not dilates and any(axis.dilation != 1 for axis in problem.axes):
+        return "it knows no dilation"
+    if any(axis.length % axis.dilation or axis.dilation > MAX_STEP for axis in problem.axes):
+        return f"it takes dilations up to {MAX_STEP} that divide an axis, not {problem.dilation} of {problem.space}"
     if any(window not in windows for window in problem.window):
         return f"it takes windows of {windows}, not {problem.window}"
     if problem.additional:
@@ -85,6 +92,12 @@ def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS) -> str | No
     if not SMALLEST_SCALE <= problem.scale < float("inf"):
         return f"it needs a finite scale of at least {SMALLEST_SCALE}, not {problem.scale}"
     return None
+
+
+def as_maps(problem: Problem) -> Problem:
+    """Its dilation groups, all equally long, as maps of their own: as many times the batch. The axes keep their dilation."""
+    axes = tuple(dataclasses.replace(axis, length=axis.length // axis.dilation) for axis in problem.axes)
+    return dataclasses.replace(problem, batch=problem.batch * math.prod(problem.dilation), axes=axes)
 
 
 def why_no_rows(problem: Problem) -> str | None:

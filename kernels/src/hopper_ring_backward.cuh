@@ -15,7 +15,7 @@ struct HopperRingBackward : HopperRing<Config> {
   using Base = HopperRing<Config>;
   using typename Base::Position, typename Base::T;
   using Base::args, Base::shared, Base::head, Base::member, Base::COLUMNS, Base::D, Base::THREADS, Base::TOKEN, Base::WARPS;
-  using Base::Base, Base::columns, Base::prepare, Base::release, Base::rows, Base::steps, Base::swizzled, Base::sweeps, Base::token_index;
+  using Base::Base, Base::columns, Base::prepare, Base::release, Base::rows, Base::steps, Base::swizzled, Base::sweeps, Base::token_index, Base::map_of, Base::column_step;
   using Products = StripProducts<Config>;
   using BiasGradient = StripBiasGradient<Config>;
   static constexpr int K_STEPS = Config::K_STEPS;
@@ -45,6 +45,7 @@ struct HopperRingBackward : HopperRing<Config> {
     int item = warp;
 #pragma unroll 1
     for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
+      const int map = map_of(walk.entry);
       const int first_pair = walk.strip * (Config::STRIP / 2);
       const int pairs = minimum(Config::STRIP / 2, ceil_div(columns(), 2) - first_pair);
       wait(at);
@@ -59,9 +60,9 @@ struct HopperRingBackward : HopperRing<Config> {
         at.advance();
         wait(at);
 #pragma unroll 1
-        for (; item < pairs; item += WARPS) queries(step, slot, walk.entry, first_pair + item, sums);
+        for (; item < pairs; item += WARPS) queries(step, slot, map, first_pair + item, sums);
 #pragma unroll 1
-        for (; item < 2 * pairs; item += WARPS) keys(step, slot, walk.entry, first_pair + item - pairs);
+        for (; item < 2 * pairs; item += WARPS) keys(step, slot, map, first_pair + item - pairs);
         item -= 2 * pairs;  // the next step goes on with the warp after the last that was busy
         release(shared.empty[slot]);
       }
@@ -219,7 +220,7 @@ struct HopperRingBackward : HopperRing<Config> {
   }
 
   // The gradient of a step's queries in a pair of columns.
-  FASTNA_DEVICE void queries(int step, int slot, int batch, int pair, Sums& sums) const {
+  FASTNA_DEVICE void queries(int step, int slot, int map, int pair, Sums& sums) const {
     const int g = lane_index() >> 2;
     const float scale2 = args.scale_log2;
     const StripSweep* sweep = sweeps(pair, 0);
@@ -243,7 +244,7 @@ struct HopperRingBackward : HopperRing<Config> {
 #pragma unroll 1
       for (bool more = true; more; ++sweep) more = sweep_keys<false>(dq, of, sweep, rows, sums.first);
     }
-    Products::store(dq, args.geometry.scale, static_cast<T*>(args.grad_query), targets(step, batch, 2 * pair, 2 * pair + 1));
+    Products::store(dq, args.geometry.scale, static_cast<T*>(args.grad_query), targets(step, map, 2 * pair, 2 * pair + 1));
   }
 
   // What 16 keys need all along.
@@ -307,7 +308,7 @@ struct HopperRingBackward : HopperRing<Config> {
 
   // The gradients of a step's keys and values in a pair of columns, its second first. Near a border more query columns may reach them than the
   // pair itself sees as queries.
-  FASTNA_DEVICE void keys(int step, int slot, int batch, int pair) const {
+  FASTNA_DEVICE void keys(int step, int slot, int map, int pair) const {
     const StripSweep* sweep = sweeps(pair, 1);
     const RingStep& table = steps()[step];
     const Rows rows = {slot, table.queries.begin, table.queries.rows, table.rows[lane_index() >> 2].y};
@@ -326,16 +327,16 @@ struct HopperRingBackward : HopperRing<Config> {
     if constexpr (Config::FOLDS) {
       if (more == FOLDED) sweep_queries<true>(dk, dv, of, sweep, rows);
     }
-    const StripTargets to = targets(step, batch, 2 * pair + 1, 2 * pair);
+    const StripTargets to = targets(step, map, 2 * pair + 1, 2 * pair);
     Products::store(dk, args.geometry.scale, static_cast<T*>(args.grad_key), to);
     Products::store(dv, 1.0f, static_cast<T*>(args.grad_value), to);
   }
 
-  FASTNA_DEVICE StripTargets targets(int step, int batch, int upper, int lower) const {
+  FASTNA_DEVICE StripTargets targets(int step, int map, int upper, int lower) const {
     const int lane = lane_index(), row = step * TILE_SIDE - args.lift + (lane >> 2), in_token = (lane & 1) * 8 + (lane & 2) * 2;
     const bool exists = static_cast<u32>(row) < static_cast<u32>(rows());
-    const u32 first = token_index(batch, row, 0), heads = args.geometry.heads;
-    return {{static_cast<i64>(first + upper * heads) * D + in_token, static_cast<i64>(first + lower * heads) * D + in_token},
+    const u32 first = token_index(map, row, 0), next = column_step();
+    return {{static_cast<i64>(first + upper * next) * D + in_token, static_cast<i64>(first + lower * next) * D + in_token},
             {exists && upper < columns(), exists && lower < columns()}};
   }
 };

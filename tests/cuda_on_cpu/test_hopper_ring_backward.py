@@ -49,6 +49,24 @@ def test_wide_windows(emulator: EmulatorRuntime, space: tuple[int, int], window:
     assert_gradients(make_call(make_problem(space, window, batch=4)))
 
 
+@pytest.mark.parametrize(
+    ("space", "window", "dilation"),
+    [((24, 28), (11, 11), (2, 2)), ((48, 24), (7, 5), (6, 3)), ((13, 64), (9, 7), (1, 8))],
+)
+def test_dilation(
+    emulator: EmulatorRuntime, space: tuple[int, int], window: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    """Every dilation group is a map of its own."""
+    problem = make_problem(space, window, dilation=dilation, heads=2, batch=2)
+    assert_gradients(make_call(problem, packed=True, with_grad_lse=True))
+
+
+def test_groups_of_different_lengths_are_refused() -> None:
+    with use_runtime("cpu", EmulatorRuntime()):
+        reason = hopper_ring_backward.why_not(make_problem((25, 24), (7, 7), dilation=(3, 3), batch=8))
+    assert reason == "it takes dilations up to 8 that divide an axis, not (3, 3) of (25, 24)"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rpb_dtype", [None, torch.float16])
 def test_dtypes_packed_qkv_and_lse(

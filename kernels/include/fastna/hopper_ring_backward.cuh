@@ -20,20 +20,21 @@ struct HopperRingBackwardArguments {
   const float *lse, *grad_lse;  // the second may be null
   const void* rpb;
   float* grad_rpb;  // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
-  Geometry geometry;
+  Geometry geometry;  // of one dilation group, with the axes' dilation
   StripWalks walks;
   int lift;
   float scale_log2;  // scale * log2(e)
 };
 
-// STRIP: columns of a strip, even; COLUMNS: of a row block. WARPS: that multiply.
+// STRIP: columns of a strip, even; COLUMNS: of a row block. WARPS: that multiply. DILATED: entries of walks are dilation groups, all equally long.
 template <class T_, class Rpb_, bool HAS_RPB_, bool RPB_GRADIENT_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, int STRIP_, int COLUMNS_,
-          int SLOTS_, int WARPS_>
+          int SLOTS_, int WARPS_, bool DILATED_>
 struct HopperRingBackwardConfig {
   using T = T_;
   using Rpb = Rpb_;
   static constexpr bool HAS_RPB = HAS_RPB_, RPB_GRADIENT = RPB_GRADIENT_;
   static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
+  static constexpr bool DILATED = DILATED_;
   static constexpr int STRIP = STRIP_, COLUMNS = COLUMNS_, SLOTS = SLOTS_, WARPS = WARPS_;
   // All warpgroups together have no more than they began with: 128, 168 or 96 each.
   static_assert(WARPS == 12 || WARPS == 8 || WARPS == 16, "");
@@ -146,7 +147,26 @@ struct HopperRing {
   FASTNA_DEVICE int columns() const { return args.geometry.axis[2].length; }
   FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const { return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * Config::SWEEPS; }
   FASTNA_DEVICE RingStep* steps() const { return reinterpret_cast<RingStep*>(sweeps(ceil_div(columns(), 2), 0)); }
-  FASTNA_DEVICE u32 token_index(int batch, int row, int column) const { return ((batch * rows() + row) * columns() + column) * args.geometry.heads + head; }
+  // A walk's entry, where that is a dilation group of a batch entry.
+  struct Group {
+    int batch, row, column;
+  };
+  FASTNA_DEVICE Group group_of(int entry) const {
+    const int row_groups = args.geometry.axis[1].dilation, column_groups = args.geometry.axis[2].dilation, rest = entry / column_groups;
+    return {rest / row_groups, rest % row_groups, entry % column_groups};
+  }
+  // Of tokens in tensors with one number for a token and head, contiguous. `map` is an entry, or the index of a group's first token.
+  FASTNA_DEVICE int map_of(int entry) const {
+    if constexpr (!Config::DILATED) return entry;
+    const int row_groups = args.geometry.axis[1].dilation, column_groups = args.geometry.axis[2].dilation;
+    const Group group = group_of(entry);
+    return (((group.batch * rows() * row_groups + group.row) * columns()) * column_groups + group.column) * args.geometry.heads + head;
+  }
+  FASTNA_DEVICE u32 token_index(int map, int row, int column) const {
+    if constexpr (Config::DILATED) return map + (row * args.geometry.axis[1].dilation * columns() + column) * column_step();
+    return ((map * rows() + row) * columns() + column) * args.geometry.heads + head;
+  }
+  FASTNA_DEVICE int column_step() const { return (Config::DILATED ? args.geometry.axis[2].dilation : 1) * args.geometry.heads; }
 
   // First column of a strip's row blocks.
   FASTNA_DEVICE int origin(int first_column) const {
@@ -168,16 +188,21 @@ struct HopperRing {
     StripWalk walk(args.walks, member);
     if (lane_index() != 0) return;
     for (; walk.exists(args.walks); walk.advance(args.walks)) {
-      const int column = origin(walk.strip * Config::STRIP);
+      int column = origin(walk.strip * Config::STRIP);
+      if constexpr (Config::DILATED) column = column * args.geometry.axis[2].dilation + group_of(walk.entry).column;
       for (int block = 0; block <= args.walks.steps + Config::BLOCKS - 2; ++block, at.advance()) {
-        const int row = block * TILE_SIDE - Config::ABOVE - args.lift;
+        int row = block * TILE_SIDE - Config::ABOVE - args.lift, batch = walk.entry;
+        if constexpr (Config::DILATED) {
+          const Group group = group_of(walk.entry);
+          row = row * args.geometry.axis[1].dilation + group.row, batch = group.batch;
+        }
         MemoryBarrier& full = shared.full[at.slot];
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(full, RING_TENSORS * Config::BLOCK_BYTES);
-        copy_box(shared.ring[RING_GRAD_OUTPUT][at.slot], args.grad_output, full, head * D, column, row, 0, walk.entry);
-        copy_box(shared.ring[RING_QUERY][at.slot], args.query, full, head * D, column, row, 0, walk.entry);
-        copy_box(shared.ring[RING_KEY][at.slot], args.key, full, head * D, column, row, 0, walk.entry);
-        copy_box(shared.ring[RING_VALUE][at.slot], args.value, full, head * D, column, row, 0, walk.entry);
+        copy_box(shared.ring[RING_GRAD_OUTPUT][at.slot], args.grad_output, full, head * D, column, row, 0, batch);
+        copy_box(shared.ring[RING_QUERY][at.slot], args.query, full, head * D, column, row, 0, batch);
+        copy_box(shared.ring[RING_KEY][at.slot], args.key, full, head * D, column, row, 0, batch);
+        copy_box(shared.ring[RING_VALUE][at.slot], args.value, full, head * D, column, row, 0, batch);
       }
     }
   }
@@ -191,8 +216,16 @@ struct HopperRing {
     Position at;
     for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
       const int first_column = origin(walk.strip * Config::STRIP);
+      const int map = map_of(walk.entry);
       for (int block = 0; block <= args.walks.steps + Config::BLOCKS - 2; ++block, at.advance()) {
         const int first_row = block * TILE_SIDE - Config::ABOVE - args.lift;
+        if constexpr (Config::BLOCKS > 2) {
+          if (first_row + TILE_SIDE <= 0 || first_row >= rows()) {  // all of it masked
+            barrier_wait(shared.full[at.slot], at.parity);
+            release(shared.ready[at.slot]);
+            continue;
+          }
+        }
 #pragma unroll 1
         for (int base = 0; base < Config::TOKENS; base += BATCH * STRIDE) {
           uint4 values[BATCH];
@@ -203,7 +236,7 @@ struct HopperRing {
             values[n] = {0, 0, 0, 0};
             lse[n] = less[n] = 0.0f;
             if (token < Config::TOKENS && static_cast<u32>(row) < static_cast<u32>(rows()) && column < columns()) {
-              const u32 index = token_index(walk.entry, row, column);
+              const u32 index = token_index(map, row, column);
               values[n] = load_readonly(reinterpret_cast<const uint4*>(output + static_cast<u64>(index) * D));
               lse[n] = load_readonly(args.lse + index);
               if (args.grad_lse != nullptr) less[n] = load_readonly(args.grad_lse + index);
