@@ -25,7 +25,7 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import SIDE, WALKS, walks_of, why_no_rows, why_no_shape
+from kernels.cuda.strip_walks import SIDE, WALKS, walks_of, why_no_shape
 from kernels.problem import Axis, Problem
 
 HOPPER_RING_BACKWARD = Struct(
@@ -51,13 +51,14 @@ HOPPER_RING_BACKWARD = Struct(
 _set_pointers = HOPPER_RING_BACKWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
-LEAST_SLOTS, MOST_SLOTS = 3, 8
-"""Row blocks that a ring holds: two are in use, another one comes in."""
+WINDOWS = (3, 5, 7, 9, 11, 13)
+MOST_SLOTS = 8
+"""Row blocks that a ring holds; at least one more than are in use."""
 WARPS = {32: 12, 64: 8}
 """That multiply, by head_dim: the fastest measured of the 8, 12 or 16 that the kernel takes."""
 BIAS_LINES_BEFORE = 8
-SWEEPS_BYTES, STEP_BYTES = 4 * 48, 80
-"""Tables of a pair of columns, and of a step: StripSweep in two phases of up to two, RingStep."""
+SWEEP_BYTES, STEP_BYTES = 48, 80
+"""Tables of a sweep of a pair of columns, and of a step: StripSweep, RingStep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve `problem`'s backward pass, in one sentence; None if it does."""
-    reason = why_no_shape(problem) or why_no_rows(problem)
+    reason = why_no_shape(problem, WINDOWS)
     if reason:
         return reason
     if problem.head_dim > 32 and not problem.has_rpb:
@@ -129,22 +130,37 @@ def _steps(length: int, lift: int) -> int:
     return -(-(length + lift) // SIDE)
 
 
+def _row_blocks(window: int) -> tuple[int, int]:
+    """Row blocks that a step has in reach, and the rows of them before its own: HopperRingBackwardConfig's."""
+    return (2, window // 2) if window <= 7 else (3, SIDE)
+
+
+def _sweeps(window: int) -> int:
+    """Of 8 columns, for all that see a pair of them: HopperRingBackwardConfig's."""
+    return max(-(-2 * window // SIDE), 2)
+
+
 @functools.cache
 def lift_of(axis: Axis) -> int | None:
-    """By how many rows steps begin before the map, so that two row blocks hold all that a step's rows see or are seen
-    from; None where nothing helps."""
-    length, reach = axis.length, axis.window // 2
+    """By how many rows steps begin before the map: row blocks then hold all that a step's rows see or are seen from,
+    and the fewest are multiplied in vain. None where nothing helps."""
+    lifts = [(*work, lift) for lift in range(SIDE) if (work := _work(axis, lift))]
+    return min(lifts)[-1] if lifts else None
 
-    def covers(lift: int) -> bool:
-        for step in range(_steps(length, lift)):
-            own = step * SIDE - lift
-            for row in range(max(own, 0), min(own + SIDE, length)):
-                for begin, end in (axis.window_at(row, length), axis.queries_at(row, length)):
-                    if begin < own - reach or end > own - reach + 2 * SIDE:
-                        return False
-        return True
 
-    return next((lift for lift in range(SIDE) if covers(lift)), None)
+def _work(axis: Axis, lift: int) -> tuple[int, int] | None:
+    """Steps, and the pairs of rows of their sweeps; None where some rows lie outside the row blocks in reach."""
+    length, pairs = axis.length, 0
+    blocks, above = _row_blocks(axis.window)
+    for step in range(_steps(length, lift)):
+        first = step * SIDE - lift - above
+        rows = range(max(first + above, 0), min(first + above + SIDE, length))
+        for see in (axis.window_at, axis.queries_at):
+            begin, end = min(see(row, length)[0] for row in rows), max(see(row, length)[1] for row in rows)
+            if begin < first or end > first + blocks * SIDE:
+                return None
+            pairs += -(-(end - first) // 2) - (begin - first) // 2
+    return _steps(length, lift), pairs
 
 
 def _block_columns(axis: Axis, columns: int) -> int:
@@ -162,15 +178,19 @@ def _block_columns(axis: Axis, columns: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def choose_strip(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Strip | None:
-    """The fewest strips of which shared memory holds enough row blocks."""
-    axis = problem.axes[1]
-    for strips in range(1, -(-axis.length // SIDE) + 1):
-        columns = -(-axis.length // (2 * strips)) * 2
-        block_columns = _block_columns(axis, columns)
-        for slots in range(MOST_SLOTS, LEAST_SLOTS - 1, -1):
-            strip = Strip(columns, block_columns, slots, WARPS[problem.head_dim])
-            if shared_bytes(problem, strip, needs_rpb_grad) <= device.shared_memory:
-                return strip
+    """The fewest strips of which shared memory holds two row blocks more than a step needs, or else one more.
+
+    With one ahead, warps wait for copies over a quarter of the time.
+    """
+    axis, needed = problem.axes[1], _row_blocks(problem.axes[0].window)[0]
+    for ahead in (2, 1):
+        for strips in range(1, -(-axis.length // SIDE) + 1):
+            columns = -(-axis.length // (2 * strips)) * 2
+            block_columns = _block_columns(axis, columns)
+            for slots in range(MOST_SLOTS, needed + ahead - 1, -1):
+                strip = Strip(columns, block_columns, slots, WARPS[problem.head_dim])
+                if shared_bytes(problem, strip, needs_rpb_grad) <= device.shared_memory:
+                    return strip
     return None
 
 
@@ -182,7 +202,8 @@ def shared_bytes(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> int:
     bias = (lines + 2 * BIAS_LINES_BEFORE) * (2 * window_columns + 1) if problem.has_rpb else 1
     sums = -(-strip.warps * lines * offsets // 4) * 4 if needs_rpb_grad else 4
     used = tokens * (8 * problem.head_dim + 16) + 16 * bias + 4 * sums + 3 * 8 * strip.slots
-    tables = SWEEPS_BYTES * -(-columns // 2) + STEP_BYTES * _steps(rows, SIDE - 1)
+    sweeps = 2 * -(-columns // 2) * _sweeps(window_columns)
+    tables = SWEEP_BYTES * sweeps + STEP_BYTES * _steps(rows, SIDE - 1)
     return -(-used // 16) * 16 + tables
 
 
@@ -211,7 +232,7 @@ def source_of(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> KernelSou
 
 
 def representative_sources() -> Iterable[KernelSource]:
-    """The sliding layers of the published models (kernel size 7, with bias) and the neighbouring cases; sm_90a only."""
+    """The sliding layers of the published models (kernel sizes 7 and 11, with bias) and the neighbouring cases."""
 
     def source(problem: Problem, needs_rpb_grad: bool = True) -> KernelSource:
         strip = choose_strip(problem, problem.has_rpb, HOPPER)
@@ -220,6 +241,8 @@ def representative_sources() -> Iterable[KernelSource]:
 
     for length in (56, 28, 14):
         yield source(nat_layer(length, torch.bfloat16))
+    for length in (56, 28, 14, 12):
+        yield source(nat_layer(length, torch.bfloat16, window=11))
     yield source(nat_layer(28, torch.float16))
     yield source(nat_layer(14, torch.bfloat16, head_dim=64))
     yield source(nat_layer(56, torch.bfloat16, rpb=False))

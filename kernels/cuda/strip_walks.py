@@ -6,6 +6,7 @@ stay on their SM, each with one head, and take walk after walk; see include/fast
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernels.cuda import runtime
@@ -58,7 +59,7 @@ def walks_of(problem: Problem, columns: int, maps: int, device: DeviceProperties
     return Walks(problem.heads, strips, entries, min(at_once * strips, entries * strips))
 
 
-def why_no_shape(problem: Problem) -> str | None:
+def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS) -> str | None:
     """Why row blocks and walks do not suit a problem, forward or backward, in one sentence; None where they do."""
     reason = runtime.why_not_here(problem)
     if reason:
@@ -75,8 +76,8 @@ def why_no_shape(problem: Problem) -> str | None:
         return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
     if any(axis.causal or axis.stride != 1 or axis.dilation != 1 for axis in problem.axes):
         return "it knows no causal masking, no stride and no dilation"
-    if any(window not in WINDOWS for window in problem.window):
-        return f"it takes windows of {WINDOWS}, not {problem.window}"
+    if any(window not in windows for window in problem.window):
+        return f"it takes windows of {windows}, not {problem.window}"
     if problem.additional:
         return "it knows no additional keys"
     if problem.batch * problem.tokens * problem.heads >= MAP_LIMIT:

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "fastna/strip_backward_ring.cuh"
+#include "fastna/strip_bias_gradient.cuh"
 
 namespace fastna {
 
@@ -92,58 +93,6 @@ struct StripProducts {
         const uint2 half = odd ? uint2{received, odd_chunk} : uint2{even_chunk, received};
         if (targets.valid[h]) *reinterpret_cast<uint2*>(target + c * 8) = half;
       }
-    }
-  }
-};
-
-// Sums ds over the pairs of a warp by offset (key - query). A product with a one-hot left operand gathers equal row offsets:
-// line m of the sum takes query row r of key row j where j - r is the offset m. Columns hold one offset each while the distance of
-// the 8 key columns to the pair of query columns stays the same; `flush` adds them to the warp's table.
-template <class Config>
-struct StripBiasGradient {
-  using T = typename Config::T;
-  static constexpr u32 ONE = is_same<T, bf16> ? 0x3f80 : 0x3c00;
-
-  float sum[2][4] = {};
-  float* table;
-  int distance = 0;
-  // What the one-hot operand holds in the one sweep step where it holds anything: pairs of query rows are even, and so are steps.
-  int low_step, high_step;
-  u32 low_one, high_one;
-
-  FASTNA_DEVICE explicit StripBiasGradient(float* table_) : table(table_) {}
-
-  // Before a sweep: `line` is the index of the offset of its first key row to query row 0, `key_distance` that of the first key column.
-  FASTNA_DEVICE void begin(int line, int key_distance) {
-    if (key_distance != distance) flush();
-    distance = key_distance;
-    // Line g takes query row r = 2 q of key row j where line + j - r = g, and r + 1 one row later.
-    const int step = (lane_index() & 3) * 2 + (lane_index() >> 2) - line;
-    const bool odd = (step & 1) != 0;
-    low_step = step + (odd ? 1 : 0);
-    high_step = step - (odd ? 1 : 0);
-    low_one = odd ? ONE << 16 : ONE;
-    high_one = odd ? ONE : ONE << 16;
-  }
-  // `ds` of key rows j and j + 1, j even.
-  FASTNA_DEVICE void add(const u32 (&ds)[4], int j) {
-    const u32 select[4] = {j == low_step ? low_one : 0, j == low_step + 8 ? low_one : 0, j == high_step ? high_one : 0,
-                           j == high_step + 8 ? high_one : 0};
-    mma_m16n8k16<T>(sum[0], select, move_matrix(ds[0]), move_matrix(ds[2]));
-    mma_m16n8k16<T>(sum[1], select, move_matrix(ds[1]), move_matrix(ds[3]));
-  }
-  FASTNA_DEVICE void flush() {
-    constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1;
-    const int g = lane_index() >> 2, q = lane_index() & 3;
-    FASTNA_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      FASTNA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int line = g + (i >> 1) * 8, offset = distance + q * 2 + (i & 1) - h + Config::WINDOW_COLUMNS - 1;
-        if (line < 2 * Config::WINDOW_ROWS - 1 && offset >= 0 && offset < WIDTH) table[line * WIDTH + offset] += sum[h][i];
-        sum[h][i] = 0.0f;
-      }
-      sync_warp();
     }
   }
 };

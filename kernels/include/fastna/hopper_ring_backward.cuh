@@ -2,13 +2,14 @@
 // the warps that work out what turns scores into their gradients.
 //
 // Row block i holds rows 8 i - ABOVE - lift .. 8 i - ABOVE - lift + 7. Step s takes the queries and the keys of rows 8 s - lift .. 8 s - lift + 7:
-// all that they see, and all that see them, lies in row blocks s and s + 1. kernels/cuda/hopper_ring_backward.py finds the lift.
+// all that they see, and all that see them, lies in the BLOCKS row blocks from s on. kernels/cuda/hopper_ring_backward.py finds the lift.
 // Of each tensor all slots are one ring of rows, [row][column][channel], with an odd number of columns: then 8 columns of a row, and 8 rows of
 // a column, touch every bank once.
 #pragma once
 
 #include "fastna/hopper_strip.cuh"
 #include "fastna/strip_backward_ring.cuh"
+#include "fastna/strip_bias_gradient.cuh"
 
 namespace fastna {
 
@@ -38,9 +39,17 @@ struct HopperRingBackwardConfig {
   static_assert(WARPS == 12 || WARPS == 8 || WARPS == 16, "");
   static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 80 : WARPS == 8 ? 72 : 64;
   static constexpr int CONSUMER_REGISTERS = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 104;
-  static constexpr int MEASURERS = 3;                            // warps
-  static constexpr int MOST_MEASURED = HEAD_DIM == 32 ? 8 : 6;   // tokens that a lane of theirs has under way
-  static constexpr int ABOVE = WINDOW_ROWS / 2;
+  static constexpr int MEASURERS = 3;                           // warps
+  static constexpr int MOST_MEASURED = HEAD_DIM == 32 ? 8 : 6;  // tokens that a lane of theirs has under way
+  // Windows up to 7 reach over two row blocks. So would 9, but not at borders, where keys are seen from further away.
+  static constexpr int BLOCKS = WINDOW_ROWS <= 7 ? 2 : 3, ABOVE = WINDOW_ROWS <= 7 ? WINDOW_ROWS / 2 : TILE_SIDE;
+  // Of 8 columns, that a pair of columns takes: as queries; and at most, as keys that both borders' queries see, of a map twice as wide as a window.
+  static constexpr int INNER_SWEEPS = ceil_div(WINDOW_COLUMNS + 1, KEY_COLUMNS);
+  static constexpr int SWEEPS = maximum(ceil_div(2 * WINDOW_COLUMNS, KEY_COLUMNS), 2);
+  // Whether a last sweep of at most 4 columns is folded: 8 tokens are then 4 of one row and 4 of that FOLD rows further on, which with an odd
+  // number of columns touch every bank once, and half as many rows are swept: the first FOLD of the row blocks in reach, and so the others too.
+  static constexpr int FOLD = 12;
+  static constexpr bool FOLDS = BLOCKS * TILE_SIDE == 2 * FOLD && (WINDOW_COLUMNS == 9 || WINDOW_COLUMNS == 11);
   static constexpr int K_STEPS = HEAD_DIM / 16, CHUNKS = HEAD_DIM / 8;
   static constexpr int TOKEN = HEAD_DIM * 2;           // bytes, and of the swizzle
   static constexpr int ROW_BYTES = COLUMNS * TOKEN, BLOCK_BYTES = TILE_SIDE * ROW_BYTES;
@@ -52,7 +61,7 @@ struct HopperRingBackwardConfig {
   static constexpr int OFFSETS = (2 * WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1);
   static_assert(COLUMNS % 2 == 1 && COLUMNS >= KEY_COLUMNS && STRIP % 2 == 0, "");
   static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "a token is one swizzled row");
-  static_assert(!RPB_GRADIENT || 2 * WINDOW_ROWS - 1 <= 16, "the bias gradient sums its row offsets in one matrix product");
+  static_assert(WINDOW_ROWS % 2 == 1 && WINDOW_ROWS <= 13 && WINDOW_COLUMNS % 2 == 1 && SLOTS > BLOCKS, "");
 };
 
 // Of a step: rows in reach, counted from its first row block's first.
@@ -60,10 +69,16 @@ struct alignas(16) RingStep {
   struct Sweep {
     int begin, rows;  // both even
   };
-  uint2 rows[8];  // of keys that a query of this row sees, of queries that see a key; the highest bit is the sweep's first row
+  // Of keys that a query of this row sees, of queries that see a key: the highest bit is the sweep's first row, 24 at most. The lowest bit of the
+  // former: see StripBiasGradient::is_outer.
+  uint2 rows[8];
   Sweep keys, queries;
 };
 static_assert(sizeof(RingStep) == 80 && sizeof(StripSweep) == 48, "the host counts as many bytes");
+
+constexpr u32 OUTER = 1;
+// StripSweep::more, where the next sweep is folded.
+constexpr int FOLDED = 2;
 
 // 8 numbers bf16: what is added to a score, -lse / scale, in three parts, as many of -delta = grad_lse - sum(grad_output * output), and zeros. So
 // a product with ones adds either where the columns of scores are queries.
@@ -130,7 +145,7 @@ struct HopperRing {
 
   FASTNA_DEVICE int rows() const { return args.geometry.axis[1].length; }
   FASTNA_DEVICE int columns() const { return args.geometry.axis[2].length; }
-  FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const { return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * SWEEPS; }
+  FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const { return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * Config::SWEEPS; }
   FASTNA_DEVICE RingStep* steps() const { return reinterpret_cast<RingStep*>(sweeps(ceil_div(columns(), 2), 0)); }
   FASTNA_DEVICE u32 token_index(int batch, int row, int column) const { return ((batch * rows() + row) * columns() + column) * args.geometry.heads + head; }
 
@@ -155,7 +170,7 @@ struct HopperRing {
     if (lane_index() != 0) return;
     for (; walk.exists(args.walks); walk.advance(args.walks)) {
       const int column = origin(walk.strip * Config::STRIP);
-      for (int block = 0; block <= args.walks.steps; ++block, at.advance()) {
+      for (int block = 0; block <= args.walks.steps + Config::BLOCKS - 2; ++block, at.advance()) {
         const int row = block * TILE_SIDE - Config::ABOVE - args.lift;
         MemoryBarrier& full = shared.full[at.slot];
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
@@ -180,7 +195,7 @@ struct HopperRing {
       base += BATCH * STRIDE;
       if (base < Config::TOKENS) return;
       base = 0;
-      if (block++ < walks.steps) return;
+      if (block++ < walks.steps + Config::BLOCKS - 2) return;
       block = 0;
       walk.advance(walks);
     }
@@ -281,6 +296,9 @@ struct HopperRing {
       return row >= begin && row <= last ? ((1u << reach.size()) - 1) << (32 - (reach.end - first - from)) : 0;
     };
     table.rows[g] = {bits(window_at(RowAxis{}, row, length), keys.begin), bits(queries_at(RowAxis{}, row, length), queries.begin)};
+    if constexpr (Config::BLOCKS > 2) {
+      if (StripBiasGradient<Config>::is_outer(window_at(RowAxis{}, row, length).begin - row)) table.rows[g].x |= OUTER;
+    }
     if (g == 0) table.keys = keys, table.queries = queries;
   }
   // As StripBackwardLoader::fill_sweeps, for all columns of the map.
@@ -293,10 +311,13 @@ struct HopperRing {
       const Interval first = phase == 0 ? window_at(ColumnAxis{}, column, length) : queries_at(ColumnAxis{}, column, length);
       const Interval last = phase == 0 ? window_at(ColumnAxis{}, second, length) : queries_at(ColumnAxis{}, second, length);
 #pragma unroll 1
-      for (int n = 0; n < SWEEPS; ++n) {
+      for (int n = 0; n < Config::SWEEPS; ++n) {
         const int begin = first.begin + n * KEY_COLUMNS, end = last.end;
-        const int stored = minimum(begin - from, COLUMNS - KEY_COLUMNS);
-        const int low = stored + from + (phase == 0 ? 2 * q : 7 - 2 * q), high = phase == 0 ? low + 1 : low - 1;
+        const bool folded = folds(n, begin, end);
+        const int width = folded ? 4 : KEY_COLUMNS, in_width = 2 * q & (width - 1);
+        // A wide window's last sweep ends with it: as far from the pair as any other pair's, see StripBiasGradient.
+        const int stored = minimum(begin - from, (Config::INNER_SWEEPS > 1 ? maximum(end - from, width) : COLUMNS) - width);
+        const int low = stored + from + (phase == 0 ? in_width : width - 1 - in_width), high = phase == 0 ? low + 1 : low - 1;
         const auto bits = [=](Interval reach) {
           const Interval visible = {maximum(reach.begin, begin), reach.end};  // not twice
           return (visible.contains(low) ? 0xffffu : 0u) | (visible.contains(high) ? 0xffff0000u : 0u);
@@ -308,11 +329,12 @@ struct HopperRing {
           sweep.stored = stored;
           sweep.upper = (phase == 0 ? column : second) - from;
           sweep.lower = (phase == 0 ? second : column) - from;
-          sweep.more = n + 1 < SWEEPS && begin + KEY_COLUMNS < end;
+          sweep.more = n + 1 < Config::SWEEPS && begin + KEY_COLUMNS < end ? (folds(n + 1, begin + KEY_COLUMNS, end) ? FOLDED : 1) : 0;
         }
       }
     }
   }
+  FASTNA_DEVICE static bool folds(int sweep, int begin, int end) { return Config::FOLDS && sweep > 0 && end - begin <= 4; }
   // As StripBackwardLoader::fill_bias.
   FASTNA_DEVICE void fill_bias(int thread) const {
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * Config::OFFSETS;
