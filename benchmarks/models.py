@@ -95,6 +95,11 @@ def label(record: Mapping[str, Any]) -> str:
     return ", ".join([backend if isinstance(backend, str) else "timm", *(name.replace("_", " ") for name in how)])
 
 
+def on_gpu_backends(columns: Iterable[object]) -> bool:
+    """Whether any of a table's columns, as `label` names them, is of a CUDA backend."""
+    return any(str(column).split(",")[0] in GPU_BACKENDS for column in columns)
+
+
 ZOO = ("nat", "dinat_s", "isotropic")  # the modules of this project's models, as timm lists them
 
 
@@ -147,7 +152,9 @@ def step_function(setting: Setting, device: torch.device) -> tuple[Callable[[Ten
                 return forward(batch)
 
         return (_graphed(infer, images) if setting.cuda_graph else infer), images
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, fused=device.type == "cuda", capturable=setting.cuda_graph
+    )
     targets = torch.randint(model.get_classifier().out_features, (setting.batch,), device=device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -161,20 +168,20 @@ def step_function(setting: Setting, device: torch.device) -> tuple[Callable[[Ten
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    return train, images
+    return (_graphed(train, images) if setting.cuda_graph else train), images
 
 
-def _graphed(infer: Callable[[Tensor], object], images: Tensor) -> Callable[[Tensor], object]:
-    """The same step as one CUDA graph that reads `images` in place."""
+def _graphed(step: Callable[[Tensor], object], images: Tensor) -> Callable[[Tensor], object]:
+    """The same step, of inference or of training with its optimizer, as one CUDA graph that reads `images` in place."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            infer(images)
+            step(images)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        infer(images)
+        step(images)
 
     def replay(batch: Tensor) -> object:
         if batch is not images:

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from benchmarks import summary
 from benchmarks.cases import DTYPES, Case
 from benchmarks.floors import Ceilings
-from benchmarks.models import GPU_BACKENDS, PAPER, label
+from benchmarks.models import PAPER, label, on_gpu_backends
 
 COLOURS = {
     "fused": "#1b6ca8",
@@ -253,7 +253,7 @@ def model_bars(frame: pd.DataFrame, mode: str, precision: str) -> Picture | None
     wide = rows.pivot_table(index="model", columns="method", values="images_per_second", aggfunc="last", sort=False)
     if wide.empty:
         return None
-    if mode == "inference" and set(wide.columns) & set(GPU_BACKENDS):
+    if mode == "inference" and on_gpu_backends(wide.columns):
         column = 5 if precision == "float32" else 2
         wide["paper, fused (A100)"] = [PAPER[model][column] if model in PAPER else float("nan") for model in wide.index]
     name = f"Models: {mode}, {precision}"

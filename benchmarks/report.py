@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import pandas as pd
 from benchmarks import plots, summary
 from benchmarks.cases import SAMPLES
 from benchmarks.floors import Ceilings, ceilings_from
-from benchmarks.models import GPU_BACKENDS, PAPER, label, paper_gain
+from benchmarks.models import PAPER, label, on_gpu_backends, paper_gain
 from benchmarks.plots import Picture
 
 
@@ -86,10 +87,10 @@ def model_table(frame: pd.DataFrame, mode: str, precision: str) -> pd.DataFrame:
     rows = rows.assign(method=[label(row) for row in rows.to_dict("records")])
     wide = rows.pivot_table(index="model", columns="method", values="images_per_second", aggfunc="last", sort=False)
     measured = set(wide.columns)
-    for new, old in (("fused", "naive"), ("native", "tiled")):
-        if {new, old} <= measured:
-            wide[f"{new} over {old}, %"] = (wide[new] / wide[old] - 1) * 100
-    if not measured & set(GPU_BACKENDS):
+    for (new, old), how in itertools.product((("fused", "naive"), ("native", "tiled")), ("", ", cuda graph")):
+        if {new + how, old + how} <= measured:
+            wide[f"{new} over {old}{how}, %"] = (wide[new + how] / wide[old + how] - 1) * 100
+    if not on_gpu_backends(measured):
         return wide.reset_index().rename_axis(columns=None)
     gains = [paper_gain(model, mode, precision) for model in wide.index]
     wide["paper, fused over naive, %"] = pd.Series(gains, index=wide.index, dtype=float)

@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=128 if cuda else 4)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--cuda-graph", action="store_true", help="replay inference as one CUDA graph")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay a step as one CUDA graph")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument(
         "--images", type=Path, help="folder of pictures: include loading, decoding and copying in the time"
@@ -108,7 +108,7 @@ def chosen(options: argparse.Namespace) -> list[models.Setting]:
     for precision, mode in itertools.product(options.precision, options.mode):
         rows += models.settings(
             names, [mode], options.backends, batch=options.batch, precision=precision, compile=options.compile,
-            channels_last=options.channels_last, cuda_graph=options.cuda_graph and mode == "inference",
+            channels_last=options.channels_last, cuda_graph=options.cuda_graph,
             loading=options.images is not None,
         )  # fmt: skip
     return rows

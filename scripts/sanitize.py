@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import neighborhood_attention
 from kernels.cuda import runtime
 from kernels.cuda.dry import sources_of
-from kernels.cuda.jit import ENTRY_POINT, KernelSource
+from kernels.cuda.jit import ENTRY_PREFIX, KernelSource
 from kernels.layer_norm import LayerNorm
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -108,7 +108,7 @@ def sanitize(tool: str) -> tuple[int, str]:
     """Exit code of one tool over the selection, 0 where it finds nothing, and what it printed."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FINDINGS), "--print-limit", "20"]
     if tool != "initcheck":  # which has to see PyTorch's kernels write what ours read
-        command += ["--kernel-name", f"kns={ENTRY_POINT}"]
+        command += ["--kernel-name", f"kns={ENTRY_PREFIX}"]
     command += [sys.executable, __file__, "--selection"]
     # Without PyTorch's cache every tensor is an allocation of its own, so that a read past its end is seen.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FASTNA_LINEINFO": "1"}

@@ -180,15 +180,19 @@ def _block_columns(axis: Axis, columns: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def choose_strip(problem: Problem, needs_rpb_grad: bool, device: DeviceProperties) -> Strip | None:
-    """The fewest strips of which shared memory holds enough row blocks."""
-    axis = problem.axes[1]
-    for strips in range(1, -(-axis.length // SIDE) + 1):
-        columns = -(-axis.length // (2 * strips)) * 2
-        block_columns = _block_columns(axis, columns)
-        for slots in range(MOST_SLOTS, _row_blocks(problem.axes[0].window)[0], -1):
-            strip = Strip(columns, block_columns, slots, WARPS[problem.head_dim])
-            if shared_bytes(problem, strip, needs_rpb_grad) <= device.shared_memory:
-                return strip
+    """The fewest strips of which shared memory holds two row blocks more than a step needs, or else one more.
+
+    With one ahead, warps wait for copies over a quarter of the time.
+    """
+    axis, needed = problem.axes[1], _row_blocks(problem.axes[0].window)[0]
+    for ahead in (2, 1):
+        for strips in range(1, -(-axis.length // SIDE) + 1):
+            columns = -(-axis.length // (2 * strips)) * 2
+            block_columns = _block_columns(axis, columns)
+            for slots in range(MOST_SLOTS, needed + ahead - 1, -1):
+                strip = Strip(columns, block_columns, slots, WARPS[problem.head_dim])
+                if shared_bytes(problem, strip, needs_rpb_grad) <= device.shared_memory:
+                    return strip
     return None
 
 

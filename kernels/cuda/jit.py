@@ -24,7 +24,8 @@ from kernels.errors import CompilationError, MissingComponentError, UnsupportedD
 KERNELS = Path(__file__).resolve().parent.parent
 INCLUDE_ROOTS = (KERNELS, KERNELS / "include")
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")
-ENTRY_POINT = "fastna_kernel"
+ENTRY_PREFIX = "fastna_"
+"""Of every kernel's name, by which profilers and compute-sanitizer know it."""
 
 CXX_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "bf16"}
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
@@ -66,12 +67,17 @@ class KernelSource:
         """As people read it: `flash_forward<FlashConfig<half, 32>>`."""
         return f"{self.function}<{self.config}>" if self.config else self.function
 
+    @property
+    def entry_point(self) -> str:
+        """As the driver and profilers name it."""
+        return ENTRY_PREFIX + self.function
+
     def render(self) -> str:
         """The text of the translation unit."""
         return (
             f'#include "{self.header}"\n'
             f'extern "C" __global__ void __launch_bounds__({self.threads}, {self.min_blocks})\n'
-            f"{ENTRY_POINT}(const __grid_constant__ fastna::{self.arguments} args) {{\n"
+            f"{self.entry_point}(const __grid_constant__ fastna::{self.arguments} args) {{\n"
             f"  using namespace fastna;\n"
             f"  fastna::{self.name}(args);\n"
             f"}}\n"

@@ -95,7 +95,7 @@ class CudaKernel:
         self._driver = driver
         with torch.cuda.device(device), cupy.cuda.Device(device.index):
             try:
-                self._raw = cupy.RawModule(path=path).get_function(jit.ENTRY_POINT)
+                self._raw = cupy.RawModule(path=path).get_function(source.entry_point)
                 self._function: int = self._raw.kernel.ptr
                 self._attributes = Attributes(self._raw.num_regs, self._raw.local_size_bytes)
             except driver.CUDADriverError as error:

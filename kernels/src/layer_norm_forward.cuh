@@ -49,7 +49,7 @@ FASTNA_DEVICE void layer_norm_forward(const LayerNormForwardArguments& args) {
   sum_over_row<Config>(mean, exchange);
   FASTNA_UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    mean[r] *= 1.f / CHANNELS;
+    mean[r] /= CHANNELS;  // times the rounded inverse it would be off to the same side in every row, which sums over rows show
     rstd[r] = 0.f;
     FASTNA_UNROLL
     for (int i = 0; i < COUNT; ++i) {

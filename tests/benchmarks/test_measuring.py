@@ -262,6 +262,9 @@ def test_models_stand_beside_the_papers_gain_in_training_too():
     assert table.loc["nat_mini", "fused over naive, %"] == pytest.approx(200)
     assert table.loc["nat_mini", "paper, fused over naive, %"] == pytest.approx((19.4 / 16.6 - 1) * 100)
     assert table.loc["swin", "timm"] == 20.0
+    graphed = report.model_table(frame.assign(cuda_graph=True), "training", "bfloat16").set_index("model")
+    assert graphed.loc["nat_mini", "fused over naive, cuda graph, %"] == pytest.approx(200)
+    assert "paper, fused over naive, %" in graphed
 
 
 def test_the_suite_of_nat_holds_every_attention_layer_of_every_model():

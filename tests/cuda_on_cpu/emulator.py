@@ -115,7 +115,7 @@ def render(source: KernelSource) -> str:
     return source.render() + (
         f'extern "C" const unsigned emulated_argument_bytes = sizeof(fastna::{source.arguments});\n'
         f'extern "C" void emulated_entry(const void* args) {{\n'
-        f"  {jit.ENTRY_POINT}(*static_cast<const fastna::{source.arguments}*>(args));\n"
+        f"  {source.entry_point}(*static_cast<const fastna::{source.arguments}*>(args));\n"
         f"}}\n"
     )
 

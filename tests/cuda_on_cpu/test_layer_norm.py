@@ -124,6 +124,14 @@ def test_rows_far_from_zero_keep_their_variance() -> None:
     assert (run(norm, x, weight, bias, gradient)[0] - exact(norm, x, weight, bias, gradient)[0]).abs().max() < 1e-2
 
 
+def test_rows_of_one_number_become_the_bias() -> None:
+    """Their mean is exact only by a division: times 1 / 104, it would be off to the same side in every row."""
+    norm = Norm(70, 104, FULL, FULL, FULL, 1e-5, CPU)
+    _, weight, bias, gradient = tensors_of(norm)
+    x = guarded(torch.arange(1.0, 71.0)[:, None].expand(70, 104).clone())
+    assert torch.equal(run(norm, x, weight, bias, gradient)[0], bias.expand(70, 104))
+
+
 def test_the_same_bits_whatever_the_order(emulator: EmulatorRuntime) -> None:
     norm = Norm(500, 96, BRAIN, BRAIN, FULL, 1e-5, CPU)
     tensors = tensors_of(norm)

@@ -40,7 +40,8 @@ struct HopperRingBackwardConfig {
   static_assert(WARPS == 12 || WARPS == 8 || WARPS == 16, "");
   static constexpr int PRODUCER_REGISTERS = WARPS == 12 ? 80 : WARPS == 8 ? 72 : 64;
   static constexpr int CONSUMER_REGISTERS = WARPS == 12 ? 144 : WARPS == 8 ? 216 : 104;
-  static constexpr int MEASURERS = 3;  // warps
+  static constexpr int MEASURERS = 3;                           // warps
+  static constexpr int MOST_MEASURED = HEAD_DIM == 32 ? 8 : 6;  // tokens that a lane of theirs has under way
   // Windows up to 7 reach over two row blocks. So would 9, but not at borders, where keys are seen from further away.
   static constexpr int BLOCKS = WINDOW_ROWS <= 7 ? 2 : 3, ABOVE = WINDOW_ROWS <= 7 ? WINDOW_ROWS / 2 : TILE_SIDE;
   // Of 8 columns, that a pair of columns takes: as queries; and at most, as keys that both borders' queries see, of a map twice as wide as a window.
@@ -207,72 +208,88 @@ struct HopperRing {
     }
   }
 
-  // MEASURERS warps: the statistics of every row block. A lane takes a chunk of a token.
+  // What a warp that measures takes at once of a row block: BATCH tokens a lane, in equal rounds. As many as registers allow, for loads take long.
+  static constexpr int CHUNKS = Config::CHUNKS, STRIDE = Config::MEASURERS * (WARP / CHUNKS);
+  static constexpr int SHARE = ceil_div(Config::TOKENS, STRIDE), ROUNDS = ceil_div(SHARE, Config::MOST_MEASURED), BATCH = ceil_div(SHARE, ROUNDS);
+  static constexpr int GROUPS = ceil_div(BATCH, CHUNKS);
+  struct Round {
+    StripWalk walk;
+    int block = 0, base = 0;  // first token of the round
+
+    FASTNA_DEVICE void advance(const StripWalks& walks) {
+      base += BATCH * STRIDE;
+      if (base < Config::TOKENS) return;
+      base = 0;
+      if (block++ < walks.steps + Config::BLOCKS - 2) return;
+      block = 0;
+      walk.advance(walks);
+    }
+  };
+
+  // MEASURERS warps: the statistics of every row block. A lane takes a chunk of a token, and loads the next round's in place of what it has used.
   FASTNA_DEVICE void measure(int warp) const {
-    constexpr int BATCH = D == 32 && COLUMNS > 16 && WARPS < 16 ? 6 : 4, ROUND = WARP / Config::CHUNKS, STRIDE = Config::MEASURERS * ROUND;
-    const int chunk = lane_index() % Config::CHUNKS, first = warp * ROUND + lane_index() / Config::CHUNKS;
+    const int chunk = lane_index() % CHUNKS, first = warp * (WARP / CHUNKS) + lane_index() / CHUNKS;
     const T* const output = static_cast<const T*>(args.output) + chunk * 8;
     const float minus_inverse_scale = -1.0f / args.geometry.scale;
-    Position at;
-    for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
-      const int first_column = origin(walk.strip * Config::STRIP);
-      const int map = map_of(walk.entry);
-      for (int block = 0; block <= args.walks.steps + Config::BLOCKS - 2; ++block, at.advance()) {
-        const int first_row = block * TILE_SIDE - Config::ABOVE - args.lift;
-        if constexpr (Config::BLOCKS > 2) {
-          if (first_row + TILE_SIDE <= 0 || first_row >= rows()) {  // all of it masked
-            barrier_wait(shared.full[at.slot], at.parity);
-            release(shared.ready[at.slot]);
-            continue;
-          }
-        }
-#pragma unroll 1
-        for (int base = 0; base < Config::TOKENS; base += BATCH * STRIDE) {
-          uint4 values[BATCH];
-          float lse[BATCH], less[BATCH];
-          FASTNA_UNROLL
-          for (int n = 0; n < BATCH; ++n) {
-            const int token = base + n * STRIDE + first, row = first_row + token / COLUMNS, column = first_column + token % COLUMNS;
-            values[n] = {0, 0, 0, 0};
-            lse[n] = less[n] = 0.0f;
-            if (token < Config::TOKENS && static_cast<u32>(row) < static_cast<u32>(rows()) && column < columns()) {
-              const u32 index = token_index(map, row, column);
-              values[n] = load_readonly(reinterpret_cast<const uint4*>(output + static_cast<u64>(index) * D));
-              lse[n] = load_readonly(args.lse + index);
-              if (args.grad_lse != nullptr) less[n] = load_readonly(args.grad_lse + index);
-            }
-          }
-          if (base == 0) barrier_wait(shared.full[at.slot], at.parity);
-          FASTNA_UNROLL
-          for (int n = 0; n < BATCH; ++n) {
-            const int token = base + n * STRIDE + first;
-            float delta = 0.0f;
-            if (token < Config::TOKENS) {
-              const u32 place = (RING_GRAD_OUTPUT * Config::SLOTS + at.slot) * Config::BLOCK_BYTES + token * TOKEN + chunk * 16;
-              const uint4 grad = *reinterpret_cast<const uint4*>(shared.ring[0][0] + swizzled(place));
-              delta = add_dot(values[n].x, grad.x, add_dot(values[n].y, grad.y, 0.0f));
-              delta = add_dot(values[n].z, grad.z, add_dot(values[n].w, grad.w, delta));
-            }
-            FASTNA_UNROLL
-            for (int distance = 1; distance < Config::CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
-            less[n] -= delta;
-          }
-          // Of a token's lanes each writes another one's.
-          FASTNA_UNROLL
-          for (int n = 0; n < BATCH; n += Config::CHUNKS) {
-            float own_lse = lse[n], own_delta = less[n];
-            FASTNA_UNROLL
-            for (int i = 1; i < minimum(Config::CHUNKS, BATCH - n); ++i) {
-              if (chunk == i) own_lse = lse[n + i], own_delta = less[n + i];
-            }
-            const int token = base + (n + chunk) * STRIDE + first;
-            if (n + chunk < BATCH && token < Config::TOKENS) {
-              shared.statistics[at.slot * Config::TOKENS + token] = RingStatistics::of(own_lse * minus_inverse_scale, own_delta);
-            }
-          }
-        }
-        release(shared.ready[at.slot]);
+    uint4 values[BATCH];
+    float lse[GROUPS], less[GROUPS];  // of the tokens that the lane writes: of a token's lanes each writes another one's
+    Round next{StripWalk(args.walks, member)};
+    int map = map_of(next.walk.entry);
+    const auto find = [&](int token, u32& index) {
+      const int row = next.block * TILE_SIDE - Config::ABOVE - args.lift + token / COLUMNS;
+      const int column = origin(next.walk.strip * Config::STRIP) + token % COLUMNS;
+      index = token_index(Config::DILATED ? map : next.walk.entry, row, column);
+      return next.walk.exists(args.walks) && token < Config::TOKENS && static_cast<u32>(row) < static_cast<u32>(rows()) && column < columns();
+    };
+    const auto load = [&](int group) {
+      const int token = next.base + group * CHUNKS * STRIDE + first;
+      u32 index;
+      FASTNA_UNROLL
+      for (int n = group * CHUNKS; n < minimum((group + 1) * CHUNKS, BATCH); ++n) {
+        values[n] = {0, 0, 0, 0};
+        if (find(token + n % CHUNKS * STRIDE, index)) values[n] = load_readonly(reinterpret_cast<const uint4*>(output + static_cast<u64>(index) * D));
       }
+      lse[group] = less[group] = 0.0f;
+      if (!find(token + chunk * STRIDE, index)) return;
+      lse[group] = load_readonly(args.lse + index);
+      if (args.grad_lse != nullptr) less[group] = load_readonly(args.grad_lse + index);
+    };
+    FASTNA_UNROLL
+    for (int group = 0; group < GROUPS; ++group) load(group);
+    Position at;
+#pragma unroll 1
+    while (next.walk.exists(args.walks)) {
+      const int base = next.base;
+      next.advance(args.walks);
+      if (Config::DILATED && next.block == 0 && next.base == 0) map = map_of(next.walk.entry);
+      if (base == 0) barrier_wait(shared.full[at.slot], at.parity);
+      FASTNA_UNROLL
+      for (int group = 0; group < GROUPS; ++group) {
+        float own_delta = 0.0f;
+        const int count = minimum(CHUNKS, BATCH - group * CHUNKS);
+        FASTNA_UNROLL
+        for (int i = 0; i < count; ++i) {
+          const int n = group * CHUNKS + i, token = base + n * STRIDE + first;
+          float delta = 0.0f;
+          if (token < Config::TOKENS) {
+            const u32 place = (RING_GRAD_OUTPUT * Config::SLOTS + at.slot) * Config::BLOCK_BYTES + token * TOKEN + chunk * 16;
+            const uint4 grad = *reinterpret_cast<const uint4*>(shared.ring[0][0] + swizzled(place));
+            delta = add_dot(values[n].x, grad.x, add_dot(values[n].y, grad.y, 0.0f));
+            delta = add_dot(values[n].z, grad.z, add_dot(values[n].w, grad.w, delta));
+          }
+          FASTNA_UNROLL
+          for (int distance = 1; distance < CHUNKS; distance *= 2) delta += shuffle_xor(delta, distance);
+          if (chunk == i) own_delta = less[group] - delta;
+        }
+        const int token = base + (group * CHUNKS + chunk) * STRIDE + first;
+        if (chunk < count && token < Config::TOKENS) {
+          shared.statistics[at.slot * Config::TOKENS + token] = RingStatistics::of(lse[group] * minus_inverse_scale, own_delta);
+        }
+        load(group);
+      }
+      if (next.base != 0) continue;
+      release(shared.ready[at.slot]);
+      at.advance();
     }
   }
   FASTNA_DEVICE static float add_dot(u32 a, u32 b, float sum) {
