@@ -25,7 +25,8 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, walks_of, why_no_shape
+from kernels.cuda.strip_walks import LEAST_SHARE, SIDE, WALKS, as_maps, walks_of, why_no_shape
+from kernels.cuda.tensor_map import MAX_BOX
 from kernels.problem import Axis, Problem
 
 HOPPER_RING_BACKWARD = Struct(
@@ -54,9 +55,11 @@ ARCHITECTURES = ("sm_90a",)
 WINDOWS = (3, 5, 7, 9, 11, 13)
 MOST_SLOTS = 8
 """Row blocks that a ring holds; at least one more than are in use."""
-WARPS = {32: 12, 64: 8}
-"""That multiply, by head_dim: the fastest measured of the 8, 12 or 16 that the kernel takes."""
+WARPS, FEWEST_WARPS = {32: 12, 64: 8}, 8
+"""That multiply, by head_dim: the fastest measured of the 8, 12 or 16 that the kernel takes; 8 where no more fit."""
 BIAS_LINES_BEFORE = 8
+LEAST_SHARE_OF_WIDE = 0.3
+"""Of the time, that SMs must be busy with windows above 7: for these there is only `flash`, three times as slow."""
 SWEEP_BYTES, STEP_BYTES = 48, 80
 """Tables of a sweep of a pair of columns, and of a step: StripSweep, RingStep."""
 
@@ -85,7 +88,8 @@ def why_not(problem: Problem) -> str | None:
     strip = choose_strip(problem, problem.has_rpb, device)
     if strip is None:
         return f"its rings need more than the {device.shared_memory} bytes of a block"
-    return walks_of(problem, strip.columns, 1, device).why_idle(device)
+    least_share = LEAST_SHARE if max(problem.window) <= 7 else LEAST_SHARE_OF_WIDE
+    return walks_of(problem, strip.columns, 1, device).why_idle(device, least_share)
 
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
@@ -138,8 +142,9 @@ def _row_blocks(window: int) -> tuple[int, int]:
 
 
 def _sweeps(window: int) -> int:
-    """Of 8 columns, for all that see a pair of them: HopperRingBackwardConfig's."""
-    return max(-(-2 * window // SIDE), 2)
+    """Of 8 columns, for all that a pair of them sees, and for all that see it: HopperRingBackwardConfig's."""
+    most = max(-(-2 * window // SIDE), 2)
+    return most + (most if window <= 7 else -(-(window + 1) // SIDE))
 
 
 @functools.cache
@@ -185,12 +190,15 @@ def choose_strip(problem: Problem, needs_rpb_grad: bool, device: DevicePropertie
     With one ahead, warps wait for copies over a quarter of the time.
     """
     axis, needed = problem.axes[1], _row_blocks(problem.axes[0].window)[0]
-    for ahead in (2, 1):
+    most_warps = WARPS[problem.head_dim]
+    for warps, ahead in ((most_warps, 2), (most_warps, 1), (FEWEST_WARPS, 1)):
         for strips in range(1, -(-axis.length // SIDE) + 1):
             columns = -(-axis.length // (2 * strips)) * 2
             block_columns = _block_columns(axis, columns)
+            if (block_columns - 1) * axis.dilation >= MAX_BOX:
+                continue
             for slots in range(MOST_SLOTS, needed + ahead - 1, -1):
-                strip = Strip(columns, block_columns, slots, WARPS[problem.head_dim])
+                strip = Strip(columns, block_columns, slots, warps)
                 if shared_bytes(problem, strip, needs_rpb_grad) <= device.shared_memory:
                     return strip
     return None
@@ -204,7 +212,7 @@ def shared_bytes(problem: Problem, strip: Strip, needs_rpb_grad: bool) -> int:
     bias = (lines + 2 * BIAS_LINES_BEFORE) * (2 * window_columns + 1) if problem.has_rpb else 1
     sums = -(-strip.warps * lines * offsets // 4) * 4 if needs_rpb_grad else 4
     used = tokens * (8 * problem.head_dim + 16) + 16 * bias + 4 * sums + 3 * 8 * strip.slots
-    sweeps = 2 * -(-columns // 2) * _sweeps(window_columns)
+    sweeps = -(-columns // 2) * _sweeps(window_columns)
     tables = SWEEP_BYTES * sweeps + STEP_BYTES * _steps(rows, SIDE - 1)
     return -(-used // 16) * 16 + tables
 

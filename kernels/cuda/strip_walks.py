@@ -42,13 +42,13 @@ class Walks:
     def pack(self, steps: int) -> bytes:
         return WALKS.pack(entries=self.entries, at_once=self.blocks // self.strips, strips=self.strips, steps=steps)
 
-    def why_idle(self, device: DeviceProperties) -> str | None:
+    def why_idle(self, device: DeviceProperties, least_share: float = LEAST_SHARE) -> str | None:
         """Why there are too few for a device, in one sentence; None where there are not."""
         count = self.strips * self.entries
         rounds = -(-count // self.blocks)
-        if self.heads * count < LEAST_SHARE * rounds * device.multiprocessors:
+        if self.heads * count < least_share * rounds * device.multiprocessors:
             walks = f"{self.heads * count} walks down a map keep {device.multiprocessors} SMs"
-            return f"{walks} busy for less than {LEAST_SHARE} of {rounds} rounds"
+            return f"{walks} busy for less than {least_share} of {rounds} rounds"
         return None
 
 
@@ -95,7 +95,7 @@ def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS, *, dilates:
 
 
 def as_maps(problem: Problem) -> Problem:
-    """Its dilation groups, all equally long, as maps of their own: as many times the batch. The axes keep their dilation."""
+    """Its dilation groups, all equally long, as maps of their own: that much more batch. The axes keep their dilation."""
     axes = tuple(dataclasses.replace(axis, length=axis.length // axis.dilation) for axis in problem.axes)
     return dataclasses.replace(problem, batch=problem.batch * math.prod(problem.dilation), axes=axes)
 

@@ -46,7 +46,7 @@ struct HopperRingBackwardConfig {
   static constexpr int BLOCKS = WINDOW_ROWS <= 7 ? 2 : 3, ABOVE = WINDOW_ROWS <= 7 ? WINDOW_ROWS / 2 : TILE_SIDE;
   // Of 8 columns, that a pair of columns takes: as queries; and at most, as keys that both borders' queries see, of a map twice as wide as a window.
   static constexpr int INNER_SWEEPS = ceil_div(WINDOW_COLUMNS + 1, KEY_COLUMNS);
-  static constexpr int SWEEPS = maximum(ceil_div(2 * WINDOW_COLUMNS, KEY_COLUMNS), 2);
+  static constexpr int SWEEPS = maximum(ceil_div(2 * WINDOW_COLUMNS, KEY_COLUMNS), 2), QUERY_SWEEPS = WINDOW_COLUMNS <= 7 ? SWEEPS : INNER_SWEEPS;
   // Whether a last sweep of at most 4 columns is folded: 8 tokens are then 4 of one row and 4 of that FOLD rows further on, which with an odd
   // number of columns touch every bank once, and half as many rows are swept: the first FOLD of the row blocks in reach, and so the others too.
   static constexpr int FOLD = 12;
@@ -121,7 +121,7 @@ struct HopperRingShared {
   float4 bias[Config::HAS_RPB ? Config::BIAS_LINES * Config::BIAS_LINE : 1];
   float bias_gradient[Config::RPB_GRADIENT ? round_up(Config::WARPS * Config::OFFSETS, 4) : 4];
   MemoryBarrier full[Config::SLOTS], ready[Config::SLOTS], empty[Config::SLOTS];
-  // Behind: StripSweep [pairs of columns of the map][queries, keys][SWEEPS], RingStep [steps]
+  // Behind: StripSweep [pairs of columns of the map][QUERY_SWEEPS of queries, SWEEPS of keys], RingStep [steps]
 };
 
 template <class Config>
@@ -146,7 +146,10 @@ struct HopperRing {
 
   FASTNA_DEVICE int rows() const { return args.geometry.axis[1].length; }
   FASTNA_DEVICE int columns() const { return args.geometry.axis[2].length; }
-  FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const { return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * Config::SWEEPS; }
+  FASTNA_DEVICE StripSweep* sweeps(int pair, int phase) const {
+    constexpr int FEWER = Config::SWEEPS - Config::QUERY_SWEEPS;
+    return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * Config::SWEEPS - (pair + phase) * FEWER;
+  }
   FASTNA_DEVICE RingStep* steps() const { return reinterpret_cast<RingStep*>(sweeps(ceil_div(columns(), 2), 0)); }
   // A walk's entry, where that is a dilation group of a batch entry.
   struct Group {
@@ -338,7 +341,7 @@ struct HopperRing {
       const Interval first = phase == 0 ? window_at(ColumnAxis{}, column, length) : queries_at(ColumnAxis{}, column, length);
       const Interval last = phase == 0 ? window_at(ColumnAxis{}, second, length) : queries_at(ColumnAxis{}, second, length);
 #pragma unroll 1
-      for (int n = 0; n < Config::SWEEPS; ++n) {
+      for (int n = 0; n < (phase == 0 ? Config::QUERY_SWEEPS : Config::SWEEPS); ++n) {
         const int begin = first.begin + n * KEY_COLUMNS, end = last.end;
         const bool folded = folds(n, begin, end);
         const int width = folded ? 4 : KEY_COLUMNS, in_width = 2 * q & (width - 1);
