@@ -101,8 +101,8 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
     fewest = -(-axis.length // MOST_COLUMNS[problem.head_dim])
     for strips in range(fewest, max(-(-axis.length // SIDE), fewest) + 1 if wide else fewest + 1):
         columns = -(-axis.length // (2 * strips)) * 2
-        if 0 < axis.length % columns <= axis.window // 2:
-            continue
+        if 0 < axis.length % columns <= axis.window // 2 or columns < axis.window // 2 + 2:
+            continue  # some windows would begin before their strip's row blocks, or end behind them
         if (columns + axis.window - 2) * axis.dilation >= LONGEST_BOX:
             continue
         maps = 1 if strips > 1 or wide or axis.dilation > 1 else MOST_COLUMNS[problem.head_dim] // columns
