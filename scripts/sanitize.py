@@ -41,6 +41,7 @@ CALLS = (
 )
 Call = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, bool]
 MANY = 80  # maps, of two heads each
+WALKED = ((32, 7, 1), (64, 7, 1), (32, 7, 2), (32, 11, 1), (32, 11, 2))  # by blocks that walk down many maps
 FINDINGS = 99  # exit code of a tool that found something
 
 
@@ -49,9 +50,10 @@ def selection(device: torch.device) -> Iterator[tuple[str, list[torch.Tensor]]]:
     results."""
     for backend, dtype, call, extra in itertools.product(BACKENDS, DTYPES, CALLS, (0, 3)):
         yield f"{backend}, {dtype}, space {call[0]}", attend(device, backend, dtype, call, 2, 32, extra)
-    for dtype, head_dim in itertools.product(DTYPES[1:], (32, 64)):  # for kernels whose blocks walk down many maps
-        call = ((16, 24), (7, 7), (1, 1), 1, False)
-        yield f"many maps, {dtype}, head_dim {head_dim}", attend(device, "fused", dtype, call, MANY, head_dim, 0)
+    for dtype, (head_dim, window, dilation) in itertools.product(DTYPES[1:], WALKED):
+        call = ((16, 24), (window, window), (1, dilation), 1, False)
+        what = f"many maps, {dtype}, window {window}, dilation {dilation}, head_dim {head_dim}"
+        yield what, attend(device, "fused", dtype, call, MANY, head_dim, 0)
     for dtype, channels in itertools.product(DTYPES, (64, 96, 1024)):
         norm = LayerNorm(channels, device=device, dtype=dtype)
         x = torch.randn(333, channels, device=device).to(dtype).requires_grad_()

@@ -24,8 +24,8 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import SIDE, WALKS, is_whole, walks_of, why_no_rows, why_no_shape
-from kernels.problem import Problem
+from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, is_whole, walks_of, why_no_rows, why_no_shape
+from kernels.problem import Axis, Problem
 
 HOPPER_STRIP_FORWARD = Struct(
     "HopperStripForwardArguments",
@@ -44,11 +44,14 @@ HOPPER_STRIP_FORWARD = Struct(
 _set_pointers = HOPPER_STRIP_FORWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
+WINDOWS = (3, 5, 7, 9, 11, 13)
 LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
 OTHER_WARPS = {32: 19, 64: 11}  # by head_dim: five of 96 registers, three of 168
+WIDE_WARPS = 11  # for windows of more than 7 columns, whose scores take more registers
+LONGEST_BOX = 256  # positions of an axis that a tensor copy spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,15 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the forward pass, in one sentence; None where it does."""
-    reason = why_no_shape(problem) or why_no_rows(problem)
+    reason = why_no_shape(problem, WINDOWS, dilates=True) or why_no_rows(as_maps(problem))
     if reason:
         return reason
     device = runtime.properties(problem.device)
-    strip = choose_strip(problem, device)
+    maps = as_maps(problem)
+    strip = choose_strip(maps, device)
     if strip is None:
         return "a strip would be too narrow, or its rings too large for shared memory"
-    return walks_of(problem, strip.columns, strip.maps, device).why_idle(device)
+    return walks_of(maps, strip.columns, strip.maps, device).why_idle(device)
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -88,19 +92,27 @@ def why_not_operands(problem: Problem, operands: Operands) -> str | None:
 
 
 def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
-    """Strips of equal width, at most `MOST_COLUMNS`, and as many row blocks in shared memory as it holds."""
-    length, window = problem.axes[1].length, problem.axes[1].window
-    strips = -(-length // MOST_COLUMNS[problem.head_dim])
-    columns = -(-length // (2 * strips)) * 2
-    if 0 < length % columns <= window // 2:
-        return None
-    maps = MOST_COLUMNS[problem.head_dim] // columns if strips == 1 else 1
-    if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
-        maps = 1
-    for query_stages in range(7, 0, -1):  # the copying warp waits for queries' place with one row block more
-        strip = Strip(columns, maps, query_stages + 1, query_stages, WARPS)
-        if shared_bytes(problem, strip) <= device.shared_memory:
-            return strip
+    """Strips of equal width, at most `MOST_COLUMNS`, and as many row blocks in shared memory as it holds.
+
+    Of wide windows the fewest strips that leave room for two steps of queries: their tables and row blocks are large.
+    """
+    axis, wide = problem.axes[1], max(problem.window) > SIDE
+    needed = 3 if problem.window[0] > SIDE else 2  # row blocks of a step
+    fewest = -(-axis.length // MOST_COLUMNS[problem.head_dim])
+    for strips in range(fewest, max(-(-axis.length // SIDE), fewest) + 1 if wide else fewest + 1):
+        columns = -(-axis.length // (2 * strips)) * 2
+        if 0 < axis.length % columns <= axis.window // 2 or columns < axis.window // 2 + 2:
+            continue  # some windows would begin before their strip's row blocks, or end behind them
+        if (columns + axis.window - 2) * axis.dilation >= LONGEST_BOX:
+            continue
+        maps = 1 if strips > 1 or wide or axis.dilation > 1 else MOST_COLUMNS[problem.head_dim] // columns
+        if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
+            maps = 1
+        # The copying warp waits for queries' place with one row block more.
+        for query_stages in range(7, 1 if wide else 0, -1):
+            strip = Strip(columns, maps, query_stages + needed - 1, query_stages, WIDE_WARPS if wide else WARPS)
+            if shared_bytes(problem, strip) <= device.shared_memory:
+                return strip
     return None
 
 
@@ -109,8 +121,8 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     column = SIDE * problem.head_dim * 2
     rows, columns = problem.window
     block = strip.maps * (strip.columns + columns - 1) * column
-    entries = 3 * SIDE - 2 + (SIDE if is_whole(problem.space[0], rows) else 0)
-    bias = rows * 2 * columns * entries * 8 + 3 * 32 * 4
+    entries = 3 * SIDE - 2 + (SIDE if rows > SIDE or is_whole(problem.space[0], rows) else 0)
+    bias = rows * 2 * columns * entries * 8 + (4 if rows > SIDE else 3) * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
 
@@ -129,6 +141,7 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
         strip.warps,
         strip.stages,
         strip.query_stages,
+        max(problem.dilation) > 1,
     )
     return KernelSource(
         header="src/hopper_strip_forward.cuh",
@@ -141,25 +154,30 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
 
 
 def candidate_strips(problem: Problem, device: DeviceProperties) -> list[Strip]:
-    """What `choose_strip` takes; then more warps of fewer registers, or at head_dim 64 fewer of more."""
+    """What `choose_strip` takes; then, but for wide windows, more warps of fewer registers, or at head_dim 64 fewer of
+    more.
+    """
     guess = choose_strip(problem, device)
     assert guess is not None, "why_not accepts the problem"
+    if max(problem.window) > SIDE:
+        return [guess]
     return [guess, replace(guess, warps=OTHER_WARPS[problem.head_dim])]
 
 
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     """Of problems and tensors that `why_not` and `why_not_operands` accept. See kernels.backend.bind_forward."""
     device = runtime.properties(problem.device)
+    groups = as_maps(problem)
 
     def launch_of(strip: Strip) -> Callable[..., None]:
-        walks = walks_of(problem, strip.columns, strip.maps, device)
+        walks = walks_of(groups, strip.columns, strip.maps, device)
         packed = HOPPER_STRIP_FORWARD.pack(
-            geometry=pack_geometry(problem),
-            walks=walks.pack(-(-problem.space[0] // SIDE)),
+            geometry=pack_geometry(groups),
+            walks=walks.pack(-(-groups.space[0] // SIDE)),
             inverse_scale=1.0 / problem.scale,
             scale_log2e=problem.scale * LOG2_E,
         )
-        launch = Launch(source_of(problem, strip), walks.grid, shared_bytes(problem, strip), packed, _set_pointers)
+        launch = Launch(source_of(groups, strip), walks.grid, shared_bytes(groups, strip), packed, _set_pointers)
         halo = problem.window[1] - 1
         columns = (strip.columns, strip.columns + halo, strip.columns + halo)
         tensors = (operands.query, operands.key, operands.value)
@@ -180,10 +198,8 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         launch = launch_of(strip)
         return lambda: launch(*map(address, tried()))
 
-    candidates = candidate_strips(problem, device)
-    strip = tuning.choose(
-        _tuned_as(problem), candidates, problem.device, lambda strip: source_of(problem, strip), start
-    )
+    candidates = candidate_strips(groups, device)
+    strip = tuning.choose(_tuned_as(groups), candidates, problem.device, lambda strip: source_of(groups, strip), start)
     return bound.forward(problem, launch_of(strip))
 
 
@@ -191,6 +207,8 @@ def _tuned_as(problem: Problem) -> str:
     """What the best strip depends on, sizes of the batch to a factor of two."""
     (height, width), (rows, columns) = problem.space, problem.window
     bias = f"{problem.rpb_dtype} bias" if problem.has_rpb else "no bias"
+    if max(problem.dilation) > 1:
+        bias += ", dilation groups"
     return (
         f"hopper_strip_forward: {height} x {width}, window {rows} x {columns}, head_dim {problem.head_dim}, "
         f"{problem.dtype}, {bias}, 2^{round(math.log2(problem.batch * problem.heads))} maps"
@@ -206,7 +224,12 @@ def representative_sources() -> Iterable[KernelSource]:
         nat_layer(56, torch.bfloat16, rpb=False),
         nat_layer(28, torch.bfloat16, window=5),
         nat_layer(28, torch.bfloat16, window=3),
+        *(nat_layer(length, torch.bfloat16, window=11) for length in (56, 28, 14, 12)),
+        nat_layer(56, torch.float16, window=9, rpb=False),
+        replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(96, 11, 8),) * 2),
+        replace(nat_layer(8, torch.bfloat16), axes=(Axis(48, 7, 6),) * 2),
     ):
-        strip = choose_strip(problem, HOPPER)
+        maps = as_maps(problem)
+        strip = choose_strip(maps, HOPPER)
         assert strip is not None, "its rings fit"
-        yield source_of(problem, strip)
+        yield source_of(maps, strip)

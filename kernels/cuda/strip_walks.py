@@ -105,7 +105,7 @@ def as_maps(problem: Problem) -> Problem:
 
 
 def why_no_rows(problem: Problem) -> str | None:
-    """Why two row blocks do not hold what 8 rows of queries see, in one sentence; None where they do."""
+    """Why a step's row blocks do not hold what 8 rows of queries see, in one sentence; None where they do."""
     length, window = problem.axes[0].length, problem.axes[0].window
     if suits(length, window) or is_whole(length, window):
         return None
@@ -113,10 +113,11 @@ def why_no_rows(problem: Problem) -> str | None:
 
 
 def suits(length: int, window: int) -> bool:
-    """Whether the windows of every 8 rows of queries lie within their two row blocks."""
-    return length % SIDE == 0 or length % SIDE > window // 2
+    """Whether the windows of every 8 rows of queries lie within their two row blocks, which begin window // 2 rows
+    before them; or three, those of the map around them, where windows have more than 8 rows."""
+    return length % SIDE == 0 or length % SIDE > (window // 2 if window < SIDE else window - SIDE - 1)
 
 
 def is_whole(length: int, window: int) -> bool:
     """Whether two row blocks are a map's rows, and every query sees some of the first one."""
-    return SIDE < length < SIDE + window
+    return window < SIDE < length < SIDE + window

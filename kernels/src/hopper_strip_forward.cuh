@@ -22,38 +22,43 @@ struct HopperStripForwardArguments {
 };
 
 // WHOLE: a map's rows are those of two row blocks. COLUMNS: of a strip, even. MAPS: whose strips are side by side in a row block, where a map is one strip. WARPS: that multiply. STAGES: row
-// blocks in shared memory, QUERY_STAGES: steps of queries.
+// blocks in shared memory, QUERY_STAGES: steps of queries. DILATED: entries of walks are dilation groups, all equally long.
 template <class T, class Rpb_, bool HAS_RPB_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, bool WHOLE_, int COLUMNS_, int MAPS_,
-          int WARPS_, int STAGES_, int QUERY_STAGES_>
+          int WARPS_, int STAGES_, int QUERY_STAGES_, bool DILATED_>
 struct HopperStripForwardConfig {
   using Element = T;
   using Rpb = Rpb_;
-  static constexpr bool HAS_RPB = HAS_RPB_, WHOLE = WHOLE_;
+  static constexpr bool HAS_RPB = HAS_RPB_, WHOLE = WHOLE_, DILATED = DILATED_;
   static constexpr int HEAD_DIM = HEAD_DIM_, WINDOW_ROWS = WINDOW_ROWS_, WINDOW_COLUMNS = WINDOW_COLUMNS_;
   static constexpr int COLUMNS = COLUMNS_, MAPS = MAPS_, WARPS = WARPS_, STAGES = STAGES_, QUERY_STAGES = QUERY_STAGES_;
   static constexpr int ABOVE = WINDOW_ROWS / 2, LEFT = WINDOW_COLUMNS / 2;
+  // What 8 rows of queries see does not fit two row blocks: a step has the one of its own rows, and those before and behind.
+  static constexpr bool ALIGNED = WINDOW_ROWS > TILE_SIDE;
   static constexpr int ROW_BYTES = HEAD_DIM * 2;  // of one token, and its swizzle
   static constexpr int COLUMN_BYTES = TILE_SIDE * ROW_BYTES;
   static constexpr int MAP_COLUMNS = COLUMNS + WINDOW_COLUMNS - 1;  // of keys
   static constexpr int BLOCK_BYTES = MAPS * MAP_COLUMNS * COLUMN_BYTES, QUERY_BYTES = MAPS * COLUMNS * COLUMN_BYTES;
   static constexpr int KEYS = WINDOW_COLUMNS + 1;  // columns that two neighbouring queries see; even
   static_assert(COLUMNS % 2 == 0 && KEYS % 2 == 0, "columns go in pairs");
+  static_assert(MAPS == 1 || !DILATED, "maps side by side are batch entries");
   static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "a token is one swizzled row");
 };
 
 template <class Config>
 struct HopperStripForward {
   using T = typename Config::Element;
-  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS, Config::WHOLE>;
+  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS, Config::WHOLE, Config::ALIGNED>;
   static constexpr int D = Config::HEAD_DIM, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, KEYS = Config::KEYS;
   static constexpr int WARPS = Config::WARPS, STAGES = Config::STAGES, QUERY_STAGES = Config::QUERY_STAGES;
   static constexpr int ALL_CONSUMERS = 1;  // a named barrier
+  static constexpr bool ALIGNED = Config::ALIGNED, DILATED = Config::DILATED;
+  static constexpr int KINDS = ALIGNED ? 4 : 3;  // of steps, by where windows are clamped
 
   struct Shared {
     u8 key[STAGES][Config::BLOCK_BYTES], value[STAGES][Config::BLOCK_BYTES];
     u8 query[QUERY_STAGES][Config::QUERY_BYTES];
     u8 bias[Table::BYTES];
-    int own_bias[3][WARP];  // of a lane: bytes into `bias`, in the first step, in those between, and in the last one
+    int own_bias[KINDS][WARP];  // of a lane: bytes into `bias`, in the first step, in those between, and in the last one (ALIGNED: last two)
     MemoryBarrier full[STAGES], empty[STAGES], query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
   };
 
@@ -70,13 +75,15 @@ struct HopperStripForward {
     RingPosition<STAGES> at;
     RingPosition<QUERY_STAGES> query_at;
     for (; walk.exists(args.walks); walk.advance(args.walks)) {
-      const int column = walk.strip * Config::COLUMNS, batch = walk.entry * Config::MAPS;
-      for (int block = 0; block < args.walks.steps + (Config::WHOLE ? 0 : 1); ++block) {
-        const int row = block * TILE_SIDE, key_row = Config::WHOLE ? row : row - Config::ABOVE;
+      const StripMap<DILATED> map(args.geometry, walk.entry, Config::MAPS);
+      const int batch = map.batch, first_column = walk.strip * Config::COLUMNS;
+      const int column = map.column(first_column), key_column = map.column(first_column - Config::LEFT);
+      for (int block = 0; block < args.walks.steps + (Config::WHOLE || ALIGNED ? 0 : 1); ++block) {
+        const int row = map.row(block * TILE_SIDE), key_row = map.row(block * TILE_SIDE - (Config::WHOLE || ALIGNED ? 0 : Config::ABOVE));
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(shared.full[at.slot], 2 * Config::BLOCK_BYTES);
-        copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, batch);
-        copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, key_row, column - Config::LEFT, 0, batch);
+        copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, key_row, key_column, 0, batch);
+        copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, key_row, key_column, 0, batch);
         at.advance();
         if (block == args.walks.steps) break;
         barrier_wait(shared.query_empty[query_at.slot], query_at.parity ^ 1);
@@ -93,10 +100,15 @@ struct HopperStripForward {
     const Geometry& geometry = args.geometry;
     const int rows = geometry.axis[1].length, columns = geometry.axis[2].length, heads = geometry.heads, steps = args.walks.steps;
     const u32 map_tokens = rows * columns * heads;
+    const u32 next_column = (DILATED ? geometry.axis[2].dilation : 1) * heads;  // from a token to the next of its row, among all tokens and heads
+    const u32 next_row = (DILATED ? geometry.axis[1].dilation : 1) * columns * next_column;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * Table::LINES);
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, WARPS * WARP);
-    // A step between the first and the last one is like the second one of a map that goes on.
-    if (warp < 3) shared.own_bias[warp][lane] = Table::lane_offset(lane, warp == 0 ? 0 : warp == 1 ? 1 : steps - 1, warp == 1 ? 1 << 20 : rows);
+    // A step between the first and the last ones is like the second one of a map that goes on.
+    if (warp < KINDS) {
+      const int step = warp == 0 ? 0 : warp == 1 ? 1 : steps - KINDS + warp;
+      shared.own_bias[warp][lane] = Table::lane_offset(lane, step, warp == 1 ? 1 << 20 : rows);
+    }
     named_barrier(ALL_CONSUMERS, WARPS * WARP);
 
     const auto release = [&](MemoryBarrier& barrier) {
@@ -106,35 +118,45 @@ struct HopperStripForward {
     RingPosition<QUERY_STAGES> query_at;
     int pair = warp;
     for (; walk.exists(args.walks); walk.advance(args.walks)) {
-      const int first_column = walk.strip * Config::COLUMNS, batch = walk.entry * Config::MAPS;
+      const StripMap<DILATED> place(geometry, walk.entry, Config::MAPS);
+      const int first_column = walk.strip * Config::COLUMNS, batch = place.batch;
       const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - first_column), 2);
       int row = 0;  // of the map; `token` is the number of the one there in the strip's first column, among all tokens and heads
       u32 token = batch * map_tokens + first_column * heads + head;
+      if constexpr (DILATED) token = (place.batch * geometry.axis[1].dilation * rows + place.row_group) * (next_row / geometry.axis[1].dilation) + place.column(first_column) * heads + head;
       barrier_wait(shared.full[at.slot], at.parity);
-      RingPosition<STAGES> above = at;
+      RingPosition<STAGES> above = at;  // ALIGNED: `at` has a step's own rows
       for (int step = 0; step < steps; ++step) {
-        if (!Config::WHOLE || step == 0) {
+        RingPosition<STAGES> below = at;
+        below.advance();
+        if constexpr (ALIGNED) {
+          if (step + 1 < steps) barrier_wait(shared.full[below.slot], below.parity);
+        } else if (!Config::WHOLE || step == 0) {
           above = at;
-          at.advance();
+          at = below;
           barrier_wait(shared.full[at.slot], at.parity);
         }
         barrier_wait(shared.query_full[query_at.slot], query_at.parity);
         if (pair < pairs) {
-          const int own = shared.own_bias[step == 0 ? 0 : step < steps - 1 ? 1 : 2][lane];
+          const int own = shared.own_bias[step == 0 ? 0 : maximum(1, step - steps + KINDS)][lane];
+          const bool begins = step == 0, ends = step == steps - 1;
+          const Reach reach = !ALIGNED ? Reach{above.slot, at.slot, 0, 1, 2}
+                                       : Reach{at.slot, begins ? below.slot : above.slot, below.slot, begins ? 2 : 0, begins || ends ? 2 : 3};
 #pragma unroll 1
           for (; pair < pairs; pair += WARPS) {
             const int map = Config::MAPS > 1 ? pair / (Config::COLUMNS / 2) : 0;
             if (Config::MAPS > 1 && batch + map >= geometry.batch) continue;
-            attend(own, first_column, 2 * pair - map * Config::COLUMNS, map, above.slot, at.slot, query_at.slot, token + map * map_tokens, rows - row);
+            attend(own, first_column, 2 * pair - map * Config::COLUMNS, map, reach, query_at.slot, token + map * map_tokens, rows - row);
           }
         }
         pair -= pairs;
         sync_warp();
         release(shared.query_empty[query_at.slot]);
-        if (!Config::WHOLE || step == steps - 1) release(shared.empty[above.slot]);
+        if (ALIGNED ? step > 0 : !Config::WHOLE || step == steps - 1) release(shared.empty[above.slot]);
+        if (ALIGNED && step + 1 < steps) above = at, at = below;
         query_at.advance();
         row += TILE_SIDE;
-        token += TILE_SIDE * columns * heads;
+        token += TILE_SIDE * next_row;
       }
       release(shared.empty[at.slot]);
       at.advance();
@@ -148,13 +170,22 @@ struct HopperStripForward {
     return fmaxf(a, shuffle_xor(a, 2));
   }
 
+  // Slots of the row blocks that a step sees, in the order in which they are multiplied: ALIGNED, a step's own rows come first, for some of them
+  // every query sees. And for how many row blocks entries of the bias lie before the second one's.
+  struct Reach {
+    int first, second, third, before_second, count;
+
+    FASTNA_DEVICE int slot(int i) const { return i == 0 ? first : i == 1 ? second : third; }
+    FASTNA_DEVICE int before(int i) const { return !ALIGNED ? i : i == 0 ? 1 : i == 1 ? before_second : 2; }
+  };
+
   // Weights are 2^(scale score - top). Any top will do that keeps them finite and does not let all of them vanish: it is the largest of some
   // scores of the first row block, and raised where the sum of weights shows that it was too low.
   static constexpr float MOST = is_same<T, half> ? 32768.0f : 1e18f;
 
   // Of the queries in columns `own_column` and the next one of the strip that begins with `first_column` of the map, number `map` of those in
-  // the row blocks, which are in slots `above` and `below`. `own` is where the lane's entries of the bias are, `token` that of the strip's first column, `rows` are left.
-  FASTNA_DEVICE void attend(int own, int first_column, int own_column, int map, int above, int below, int query_slot, u32 token, int rows) const {
+  // the row blocks. `own` is where the lane's entries of the bias are, `token` that of the strip's first column, `rows` are left.
+  FASTNA_DEVICE void attend(int own, int first_column, int own_column, int map, const Reach& reach, int query_slot, u32 token, int rows) const {
     const int lane = lane_index(), columns = args.geometry.axis[2].length, column = first_column + own_column;
     const int begin = window_begin<Config::WINDOW_COLUMNS>(column, columns);  // of the first column's window
     const bool same = window_begin<Config::WINDOW_COLUMNS>(column + 1, columns) == begin;
@@ -174,13 +205,13 @@ struct HopperStripForward {
     const u32 ones = pack2<T>(1.0f, 1.0f);
 
     // Side by side where registers allow: the second block's scores while the first one's values are multiplied.
-#pragma unroll(D == 64 ? 1 : 2)
-    for (int block = 0; block < 2; ++block) {
-      const u32 slot = (block == 0 ? above : below) * Config::BLOCK_BYTES + seen;
+#pragma unroll(D == 64 || ALIGNED ? 1 : 2)
+    for (int block = 0; block < (ALIGNED ? reach.count : 2); ++block) {
+      const u32 slot = reach.slot(block) * Config::BLOCK_BYTES + seen;
       const u32 key = shared_address(shared.key[0]) + slot + swizzled_chunk<ROW>(lane % 8, lane / 8);
       const u32 value = shared_address(shared.value[0]) + slot + lane / 8 % 2 * COLUMN + swizzled_chunk<ROW>(lane % 8, lane / 16);
       // Scores begin with bias / scale: of keys 2 q and 2 q + 1 of a column, for the first column of queries and for the second one.
-      const int from = own + block * (TILE_SIDE * 8);
+      const int from = own + reach.before(block) * (TILE_SIDE * 8);
       float scores[KEYS][4];
       FASTNA_UNROLL
       for (int j = 0; j < KEYS; ++j) {
@@ -253,13 +284,14 @@ struct HopperStripForward {
     // Neighbouring lanes swap words, so that each has 8 bytes of one of two chunks, and four lanes fill a sector.
     const bool odd = (lane & 1) != 0;
     const int heads = args.geometry.heads, exist = lane / 4 < rows ? columns - column : 0;
-    token += (lane / 4 * columns + own_column) * heads;
+    const u32 next_column = (DILATED ? args.geometry.axis[2].dilation : 1) * heads, next_row = (DILATED ? args.geometry.axis[1].dilation : 1) * columns * next_column;
+    token += lane / 4 * next_row + own_column * next_column;
     T* results = static_cast<T*>(args.output) + (lane & 1) * 8 + (lane & 2) * 2;
     keep(results);
     FASTNA_UNROLL
     for (int i = 0; i < 2; ++i) {
       const float inverse = reciprocal_approx(sum[i]);
-      T* const to = results + static_cast<u64>(token + i * heads) * D;
+      T* const to = results + static_cast<u64>(token + i * next_column) * D;
       FASTNA_UNROLL
       for (int c = 0; c < D / 8; c += 2) {
         const float *even = output[c] + 2 * i, *next = output[c + 1] + 2 * i;
@@ -268,7 +300,7 @@ struct HopperStripForward {
         if (i < exist) *reinterpret_cast<uint2*>(to + c * 8) = {odd ? received : words[0], odd ? words[1] : received};
       }
     }
-    if (lane % 4 < minimum(exist, 2)) args.lse[token + (odd ? heads : 0)] = ((odd ? top[1] : top[0]) + log2_approx(odd ? sum[1] : sum[0])) * LN_2;
+    if (lane % 4 < minimum(exist, 2)) args.lse[token + (odd ? next_column : 0)] = ((odd ? top[1] : top[0]) + log2_approx(odd ? sum[1] : sum[0])) * LN_2;
   }
 };
 

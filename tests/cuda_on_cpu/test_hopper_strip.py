@@ -20,7 +20,8 @@ from kernels.reference import Reference
 
 
 def assert_forward(problem: Problem, operands: Operands) -> None:
-    assert (strip_walks.why_no_shape(problem) or strip_walks.why_no_rows(problem)) is None
+    assert strip_walks.why_no_shape(problem, hopper_strip.WINDOWS, dilates=True) is None
+    assert strip_walks.why_no_rows(strip_walks.as_maps(problem)) is None
     assert hopper_strip.why_not_operands(problem, operands) is None
     output, lse = backend.forward(hopper_strip, problem, operands)
     exact = dataclasses.replace(problem, dtype=torch.float64, rpb_dtype=None if operands.rpb is None else torch.float64)
@@ -54,6 +55,37 @@ def test_borders(emulator: EmulatorRuntime, space: tuple[int, int]) -> None:
 def test_windows(emulator: EmulatorRuntime, window: tuple[int, int]) -> None:
     problem = make_problem((12, 15), window, heads=1)
     assert_forward(problem, make_operands(problem))
+
+
+@pytest.mark.parametrize(
+    ("space", "window", "dtype"),
+    [
+        ((12, 12), (11, 11), torch.bfloat16),
+        ((28, 30), (11, 11), torch.float16),  # the last two steps differ
+        ((24, 17), (9, 13), torch.bfloat16),
+        ((13, 24), (13, 7), torch.bfloat16),
+        ((9, 14), (5, 11), torch.float16),
+    ],
+)
+def test_wide_windows(
+    emulator: EmulatorRuntime, space: tuple[int, int], window: tuple[int, int], dtype: torch.dtype
+) -> None:
+    problem = make_problem(space, window, heads=1, dtype=dtype)
+    assert_forward(problem, make_operands(problem))
+
+
+@pytest.mark.parametrize(
+    ("axes", "packed"),
+    [
+        ((Axis(24, 11, 2), Axis(36, 11, 3)), True),
+        ((Axis(16, 7, 2), Axis(24, 7)), False),
+        ((Axis(9, 5), Axis(56, 7, 8)), False),
+    ],
+)
+def test_dilation_groups_are_maps(emulator: EmulatorRuntime, axes: tuple[Axis, Axis], packed: bool) -> None:
+    sizes = [axis.length for axis in axes], [axis.window for axis in axes]
+    problem = dataclasses.replace(make_problem(*map(tuple, sizes), batch=2), axes=axes)
+    assert_forward(problem, make_operands(problem, packed=packed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -129,13 +161,13 @@ def test_no_races() -> None:
 
 
 def test_lengths_that_row_blocks_cover() -> None:
-    """All keys that 8 rows of queries see lie in their two row blocks."""
-    for window in strip_walks.WINDOWS:
-        above = window // 2
+    """All keys that 8 rows of queries see lie in their two row blocks, or three."""
+    for window in hopper_strip.WINDOWS:
+        above, rows = (window // 2, 16) if window < 8 else (8, 24)
         for length in range(window, 80):
             axis = Axis(length, window)
             covered = all(
-                first - above <= begin and end <= first + 16 - above
+                first - above <= begin and end <= first + rows - above
                 for first in range(0, length, 8)
                 for begin, end in (axis.window_at(t, length) for t in range(length)[first : first + 8])
             )
@@ -144,7 +176,7 @@ def test_lengths_that_row_blocks_cover() -> None:
 
 def test_strips_hold_what_their_queries_see() -> None:
     """All that two neighbouring columns of queries see, and one column more, lies in a row block of their strip."""
-    for window, head_dim in itertools.product(strip_walks.WINDOWS, (32, 64)):
+    for window, head_dim in itertools.product(hopper_strip.WINDOWS, (32, 64)):
         for length in range(window, 140):
             problem = make_problem((16, length), (window, window), head_dim=head_dim, batch=128)
             strip = hopper_strip.choose_strip(problem, HOPPER)
@@ -194,11 +226,12 @@ def test_other_numbers_of_warps(emulator: EmulatorRuntime, monkeypatch: pytest.M
     ("change", "word"),
     [
         ({"dtype": torch.float32}, "float16"),
-        ({"axes": (Axis(24, 9), Axis(24, 7))}, "windows"),
+        ({"axes": (Axis(24, 15), Axis(24, 7))}, "windows"),
         ({"axes": (Axis(24, 6), Axis(24, 7))}, "windows"),
         ({"axes": (Axis(24, 7, causal=True), Axis(24, 7))}, "causal"),
         ({"axes": (Axis(24, 7, stride=2), Axis(24, 7))}, "stride"),
-        ({"axes": (Axis(24, 7, dilation=2), Axis(24, 7))}, "dilation"),
+        ({"axes": (Axis(25, 7, dilation=2), Axis(24, 7))}, "dilation"),
+        ({"axes": (Axis(24, 7), Axis(144, 7, dilation=12))}, "dilation"),
         ({"axes": (Axis(26, 7), Axis(24, 7))}, "last 2 of 26"),
         ({"axes": (Axis(24, 7),)}, "rank 1"),
         ({"head_dim": 128, "value_dim": 128}, "head_dim"),

@@ -12,21 +12,24 @@ import torch
 from random_problems import Call, Configuration, Map, run, worst
 
 LENGTHS = (8, 14, 16, 20, 24, 12, 13, 9, 7)
-CALLS = 24
+CALLS = 44
 MAPS_AT_LEAST = 160  # more than an SM each
 
 
 def many_maps(seed: int, device: torch.device) -> Call:
     rng = random.Random(seed)
-    space = rng.choice(LENGTHS), rng.choice(LENGTHS)
-    window = tuple(rng.choice([k for k in (3, 5, 7, 7) if k <= length]) for length in space)
+    groups = rng.choice(LENGTHS), rng.choice(LENGTHS)
+    windows = (3, 5, 7, 7) if seed % 2 else (3, 7, 9, 11, 11, 13)
+    window = tuple(rng.choice([k for k in windows if k <= length]) for length in groups)
+    dilation = (rng.choice((1, 2, 3)), rng.choice((1, 2, 8))) if seed % 4 == 0 else (1, 1)
+    space = groups[0] * dilation[0], groups[1] * dilation[1]
     dtype, head_dim = rng.choice((torch.float16, torch.bfloat16)), rng.choice((32, 32, 64))
     rpb = rng.choice((None, dtype, torch.float32))
     configuration = Configuration(
-        dtype, window, (1, 1), (1, 1), (False, False), head_dim, head_dim, rpb, False, (Map(space, 0),)
+        dtype, window, dilation, (1, 1), (False, False), head_dim, head_dim, rpb, False, (Map(space, 0),)
     )
     heads = rng.randint(1, 4)
-    batch = -(-MAPS_AT_LEAST // heads) + rng.randint(0, 40)
+    batch = -(-MAPS_AT_LEAST // (heads * dilation[0] * dilation[1])) + rng.randint(0, 40 // dilation[1])
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

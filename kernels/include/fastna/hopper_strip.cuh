@@ -72,6 +72,22 @@ struct StripWalk {
   }
 };
 
+// The map that a walk's entry stands for: `maps` batch entries side by side, of which this is the first; or, DILATED, a dilation group of one. Its
+// rows and columns in the batch entry.
+template <bool DILATED>
+struct StripMap {
+  int batch, row_group = 0, column_group = 0, row_step = 1, column_step = 1;
+
+  FASTNA_DEVICE StripMap(const Geometry& geometry, int entry, int maps) : batch(entry * maps) {
+    if constexpr (DILATED) {
+      row_step = geometry.axis[1].dilation, column_step = geometry.axis[2].dilation;
+      column_group = entry % column_step, row_group = entry / column_step % row_step, batch = entry / (column_step * row_step);
+    }
+  }
+  FASTNA_DEVICE int row(int i) const { return i * row_step + row_group; }
+  FASTNA_DEVICE int column(int i) const { return i * column_step + column_group; }
+};
+
 // First key that a query sees, or that its neighbours would see if the map went on.
 template <int WINDOW>
 FASTNA_DEVICE int window_begin(int position, int length) {
@@ -82,11 +98,12 @@ FASTNA_DEVICE int window_begin(int position, int length) {
 // key - query. Lane 4 g + q takes entry 2 q - g + 7 for row block s, 8 entries further for block s + 1, in line dc. There is a table for every
 // shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN, and so is all of a first line.
 // WHOLE: the two row blocks are rows 0 to 15 of the map, for both steps; step s takes entries ABOVE - 8 s further.
-template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool WHOLE = false>
+// ALIGNED: row blocks begin with rows 8 i of the map, and step s sees blocks s - 1, s and s + 1: i - 7 - 8 = dr, 8 entries further for each.
+template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool WHOLE = false, bool ALIGNED = false>
 struct StripTable {
-  static constexpr int ABOVE = WINDOW_ROWS / 2;
+  static constexpr int ABOVE = WINDOW_ROWS / 2, FIRST = ALIGNED ? TILE_SIDE : ABOVE;
   static constexpr int BEFORE = WHOLE ? TILE_SIDE - ABOVE : 0;  // entries, that only the second step takes
-  static constexpr int ENTRIES = 3 * TILE_SIDE - 2 + (WHOLE ? TILE_SIDE : 0), LINE = ENTRIES * 8;
+  static constexpr int ENTRIES = 3 * TILE_SIDE - 2 + (WHOLE || ALIGNED ? TILE_SIDE : 0), LINE = ENTRIES * 8;
   static constexpr int LINES = 2 * WINDOW_COLUMNS - 1;
   static constexpr int SHIFT = (1 + LINES) * LINE;  // bytes from a shift to the next
   static constexpr int BYTES = WINDOW_ROWS * SHIFT;
@@ -104,7 +121,7 @@ struct StripTable {
   template <bool HAS_RPB, class Rpb>
   static FASTNA_DEVICE void build(u8* table, const Rpb* rpb, float factor, int thread, int threads) {
     for (int i = thread; i < SHIFT / 8; i += threads) {
-      const int line = i / ENTRIES - 1, first = i % ENTRIES - BEFORE - (TILE_SIDE - 1) - ABOVE;  // dr
+      const int line = i / ENTRIES - 1, first = i % ENTRIES - BEFORE - (TILE_SIDE - 1) - FIRST;  // dr
       float value[2] = {0.0f, 0.0f};
       FASTNA_UNROLL
       for (int k = 0; k < 2; ++k) {
