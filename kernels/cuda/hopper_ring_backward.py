@@ -25,7 +25,7 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import LEAST_SHARE, SIDE, WALKS, as_maps, walks_of, why_no_shape
+from kernels.cuda.strip_walks import LEAST_SHARE, SIDE, WALKS, Walks, as_maps, walks_of, why_no_shape
 from kernels.cuda.tensor_map import MAX_BOX
 from kernels.problem import Axis, Problem
 
@@ -46,6 +46,8 @@ HOPPER_RING_BACKWARD = Struct(
     grad_rpb=POINTER,
     geometry=GEOMETRY,
     walks=WALKS,
+    turn=INT,
+    carry=INT,
     lift=INT,
     scale_log2=FLOAT,
 )
@@ -89,7 +91,7 @@ def why_not(problem: Problem) -> str | None:
     if strip is None:
         return f"its rings need more than the {device.shared_memory} bytes of a block"
     least_share = LEAST_SHARE if max(problem.window) <= 7 else LEAST_SHARE_OF_WIDE
-    return walks_of(problem, strip.columns, 1, device).why_idle(device, least_share)
+    return _walks(problem, strip, device).why_idle(device, least_share)
 
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:
@@ -114,10 +116,13 @@ def bind_backward(
     lift = lift_of(maps.axes[0])
     assert strip is not None, "why_not accepts the problem"
     assert lift is not None, "why_not accepts the problem"
-    walks = walks_of(maps, strip.columns, 1, device)
+    walks = _walks(maps, strip, device)
+    uneven = walks.blocks % walks.strips
     packed = HOPPER_RING_BACKWARD.pack(
         geometry=pack_geometry(maps),
         walks=walks.pack(_steps(maps.space[0], lift)),
+        turn=uneven or 1,
+        carry=min(uneven, 1),
         lift=lift,
         scale_log2=problem.scale * math.log2(math.e),
     )
@@ -130,6 +135,14 @@ def bind_backward(
         start(query(query_at), key(key_at), value(value_at), grad(grad_at), output_at, *addresses)
 
     return bound.backward(problem, launch, walks.blocks if needs_rpb_grad else 0)
+
+
+def _walks(maps: Problem, strip: Strip, device: DeviceProperties) -> Walks:
+    """A head's blocks take all strips of some maps at once, or, where that leaves SMs idle for longer, any strips."""
+    walks = walks_of(maps, strip.columns, 1, device)
+    blocks = max(device.multiprocessors // maps.heads, 1)
+    others = replace(walks, blocks=min(blocks, walks.strips * walks.entries))
+    return min(walks, others, key=lambda walks: walks.rounds * -(-walks.grid // device.multiprocessors))
 
 
 def _steps(length: int, lift: int) -> int:

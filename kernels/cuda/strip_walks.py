@@ -39,16 +39,20 @@ class Walks:
     def grid(self) -> int:
         return self.heads * self.blocks
 
+    @property
+    def rounds(self) -> int:
+        """The most walks of a block."""
+        return -(-self.strips * self.entries // self.blocks)
+
     def pack(self, steps: int) -> bytes:
         return WALKS.pack(entries=self.entries, at_once=self.blocks // self.strips, strips=self.strips, steps=steps)
 
     def why_idle(self, device: DeviceProperties, least_share: float = LEAST_SHARE) -> str | None:
         """Why there are too few for a device, in one sentence; None where there are not."""
         count = self.strips * self.entries
-        rounds = -(-count // self.blocks)
-        if self.heads * count < least_share * rounds * device.multiprocessors:
+        if self.heads * count < least_share * self.rounds * device.multiprocessors:
             walks = f"{self.heads * count} walks down a map keep {device.multiprocessors} SMs"
-            return f"{walks} busy for less than {least_share} of {rounds} rounds"
+            return f"{walks} busy for less than {least_share} of {self.rounds} rounds"
         return None
 
 
@@ -95,7 +99,7 @@ def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS, *, dilates:
 
 
 def as_maps(problem: Problem) -> Problem:
-    """Its dilation groups, all equally long, as maps of their own: that much more batch. The axes keep their dilation."""
+    """Its dilation groups, all equally long, as maps of their own: entries of a batch. Axes keep their dilation."""
     axes = tuple(dataclasses.replace(axis, length=axis.length // axis.dilation) for axis in problem.axes)
     return dataclasses.replace(problem, batch=problem.batch * math.prod(problem.dilation), axes=axes)
 

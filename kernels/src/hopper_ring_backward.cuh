@@ -44,7 +44,7 @@ struct HopperRingBackward : HopperRing<Config> {
     Position at;
     int item = warp;
 #pragma unroll 1
-    for (StripWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args.walks)) {
+    for (RingWalk walk(args.walks, member); walk.exists(args.walks); walk.advance(args)) {
       const int map = map_of(walk.entry);
       const int first_pair = walk.strip * (Config::STRIP / 2);
       const int pairs = minimum(Config::STRIP / 2, ceil_div(columns(), 2) - first_pair);

@@ -92,6 +92,15 @@ def test_walks(emulator: EmulatorRuntime, monkeypatch: pytest.MonkeyPatch, slots
     assert_gradients(make_call(make_problem((14, 28), (7, 7), batch=5)))
 
 
+@pytest.mark.parametrize("multiprocessors", [2, 5])
+def test_strips_dealt_to_any_number_of_blocks(monkeypatch: pytest.MonkeyPatch, multiprocessors: int) -> None:
+    """Of 5 maps' 15 strips; and a map's strips may not all be at work at once."""
+    strip = Strip(columns=10, block_columns=17, slots=4, warps=12)
+    monkeypatch.setattr(hopper_ring_backward, "choose_strip", lambda problem, needs_rpb_grad, device: strip)
+    with use_runtime("cpu", EmulatorRuntime(2, multiprocessors=multiprocessors)):
+        assert_gradients(make_call(make_problem((14, 28), (7, 7), batch=5)))
+
+
 @pytest.mark.parametrize("length", [9, 10, 11])
 def test_steps_that_begin_before_the_map(length: int) -> None:
     """What the first rows see then lies in the second of a step's row blocks, which may be the ring's first."""

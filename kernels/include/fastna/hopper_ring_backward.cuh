@@ -22,6 +22,7 @@ struct HopperRingBackwardArguments {
   float* grad_rpb;  // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
   Geometry geometry;  // of one dilation group, with the axes' dilation
   StripWalks walks;
+  int turn, carry;  // from a block's walk to its next: strips, and entries more where these begin anew
   int lift;
   float scale_log2;  // scale * log2(e)
 };
@@ -63,6 +64,16 @@ struct HopperRingBackwardConfig {
   static_assert(COLUMNS % 2 == 1 && COLUMNS >= KEY_COLUMNS && STRIP % 2 == 0, "");
   static_assert(HEAD_DIM == 32 || HEAD_DIM == 64, "a token is one swizzled row");
   static_assert(WINDOW_ROWS % 2 == 1 && WINDOW_ROWS <= 13 && WINDOW_COLUMNS % 2 == 1 && SLOTS > BLOCKS, "");
+};
+
+// Its blocks may be any number to a map's strips.
+struct RingWalk : StripWalk {
+  using StripWalk::StripWalk;
+
+  FASTNA_DEVICE void advance(const HopperRingBackwardArguments& args) {
+    entry += args.walks.at_once, strip += args.turn;
+    if (strip >= args.walks.strips) strip -= args.walks.strips, entry += args.carry;
+  }
 };
 
 // Of a step: rows in reach, counted from its first row block's first.
@@ -189,9 +200,9 @@ struct HopperRing {
   // A warp, of which one thread copies.
   FASTNA_DEVICE void produce() const {
     Position at;
-    StripWalk walk(args.walks, member);
+    RingWalk walk(args.walks, member);
     if (lane_index() != 0) return;
-    for (; walk.exists(args.walks); walk.advance(args.walks)) {
+    for (; walk.exists(args.walks); walk.advance(args)) {
       int column = origin(walk.strip * Config::STRIP);
       if constexpr (Config::DILATED) column = column * args.geometry.axis[2].dilation + group_of(walk.entry).column;
       for (int block = 0; block <= args.walks.steps + Config::BLOCKS - 2; ++block, at.advance()) {
@@ -216,16 +227,16 @@ struct HopperRing {
   static constexpr int SHARE = ceil_div(Config::TOKENS, STRIDE), ROUNDS = ceil_div(SHARE, Config::MOST_MEASURED), BATCH = ceil_div(SHARE, ROUNDS);
   static constexpr int GROUPS = ceil_div(BATCH, CHUNKS);
   struct Round {
-    StripWalk walk;
+    RingWalk walk;
     int block = 0, base = 0;  // first token of the round
 
-    FASTNA_DEVICE void advance(const StripWalks& walks) {
+    FASTNA_DEVICE void advance(const HopperRingBackwardArguments& args) {
       base += BATCH * STRIDE;
       if (base < Config::TOKENS) return;
       base = 0;
-      if (block++ < walks.steps + Config::BLOCKS - 2) return;
+      if (block++ < args.walks.steps + Config::BLOCKS - 2) return;
       block = 0;
-      walk.advance(walks);
+      walk.advance(args);
     }
   };
 
@@ -236,7 +247,7 @@ struct HopperRing {
     const float minus_inverse_scale = -1.0f / args.geometry.scale;
     uint4 values[BATCH];
     float lse[GROUPS], less[GROUPS];  // of the tokens that the lane writes: of a token's lanes each writes another one's
-    Round next{StripWalk(args.walks, member)};
+    Round next{RingWalk(args.walks, member)};
     int map = map_of(next.walk.entry);
     const auto find = [&](int token, u32& index) {
       const int row = next.block * TILE_SIDE - Config::ABOVE - args.lift + token / COLUMNS;
@@ -263,7 +274,7 @@ struct HopperRing {
 #pragma unroll 1
     while (next.walk.exists(args.walks)) {
       const int base = next.base;
-      next.advance(args.walks);
+      next.advance(args);
       if (Config::DILATED && next.block == 0 && next.base == 0) map = map_of(next.walk.entry);
       if (base == 0) barrier_wait(shared.full[at.slot], at.parity);
       FASTNA_UNROLL
