@@ -108,9 +108,10 @@ def test_steps_that_begin_before_the_map(length: int) -> None:
         assert_gradients(make_call(make_problem((length, 12), (7, 5), heads=1, batch=6)))
 
 
-def test_no_races() -> None:
+@pytest.mark.parametrize("window", [7, 9, 11])
+def test_no_races(window: int) -> None:
     with use_runtime("cpu", EmulatorRuntime(4, multiprocessors=1, watches_races=True)):
-        assert_gradients(make_call(make_problem((10, 14), (7, 7), heads=1, batch=3)))
+        assert_gradients(make_call(make_problem((max(10, window), 14), (window, window), heads=1, batch=3)))
 
 
 def test_same_bits_twice(emulator: EmulatorRuntime) -> None:

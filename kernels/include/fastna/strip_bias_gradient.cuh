@@ -64,21 +64,26 @@ struct StripBiasGradient {
     }
   }
   FASTNA_DEVICE void flush() {
-    constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1;
+    constexpr int WIDTH = 2 * Config::WINDOW_COLUMNS - 1, ROWS = FOLD != 0 ? 2 : 1;
     const int g = lane_index() >> 2, q = lane_index() & 3;
     FASTNA_UNROLL
     for (int h = 0; h < 2; ++h) {
+      // One after the other where they may add to the same entry: query columns, and the rows that a folded sweep joins.
       FASTNA_UNROLL
-      for (int p = 0; p < PRODUCTS; ++p) {
+      for (int row = 0; row < ROWS; ++row) {
         FASTNA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          int line = (FIRST + p * 16 + g + (i >> 1) * 8) & 31, offset = distance + q * 2 + (i & 1) - h + Config::WINDOW_COLUMNS - 1;
-          if (FOLD != 0 && q >= 2) offset -= 4, line += line + FOLD < LINES ? FOLD : FOLD - 16;
-          if (line < LINES && offset >= 0 && offset < WIDTH) table[line * WIDTH + offset] += sum[p][h][i];
-          sum[p][h][i] = 0.0f;
+        for (int p = 0; p < PRODUCTS; ++p) {
+          FASTNA_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            int line = (FIRST + p * 16 + g + (i >> 1) * 8) & 31, offset = distance + q * 2 + (i & 1) - h + Config::WINDOW_COLUMNS - 1;
+            if (row == 1) offset -= 4, line += line + FOLD < LINES ? FOLD : FOLD - 16;
+            const bool is_own = ROWS == 1 || q >> 1 == row;
+            if (is_own && line < LINES && offset >= 0 && offset < WIDTH) table[line * WIDTH + offset] += sum[p][h][i];
+            if (row + 1 == ROWS) sum[p][h][i] = 0.0f;
+          }
         }
+        sync_warp();
       }
-      sync_warp();
     }
   }
 };
