@@ -142,6 +142,7 @@ struct HopperRing {
   using RowAxis = SlidingAxis<Config::WINDOW_ROWS>;
   using ColumnAxis = SlidingAxis<Config::WINDOW_COLUMNS>;
   using Position = RingPosition<Config::SLOTS>;
+  using Map = StripMap<Config::DILATED>;
   static constexpr int D = Config::HEAD_DIM, TOKEN = Config::TOKEN, COLUMNS = Config::COLUMNS, WARPS = Config::WARPS;
   static constexpr int THREADS = WARPS * WARP;  // that multiply
 
@@ -162,20 +163,13 @@ struct HopperRing {
     return reinterpret_cast<StripSweep*>(&shared + 1) + (pair * 2 + phase) * Config::SWEEPS - (pair + phase) * FEWER;
   }
   FASTNA_DEVICE RingStep* steps() const { return reinterpret_cast<RingStep*>(sweeps(ceil_div(columns(), 2), 0)); }
-  // A walk's entry, where that is a dilation group of a batch entry.
-  struct Group {
-    int batch, row, column;
-  };
-  FASTNA_DEVICE Group group_of(int entry) const {
-    const int row_groups = args.geometry.axis[1].dilation, column_groups = args.geometry.axis[2].dilation, rest = entry / column_groups;
-    return {rest / row_groups, rest % row_groups, entry % column_groups};
-  }
-  // Of tokens in tensors with one number for a token and head, contiguous. `map` is an entry, or the index of a group's first token.
+  // Of tokens in tensors with one number for a token and head, contiguous. `map` is an entry or, where that is a dilation group, the index of its
+  // first token.
   FASTNA_DEVICE int map_of(int entry) const {
     if constexpr (!Config::DILATED) return entry;
-    const int row_groups = args.geometry.axis[1].dilation, column_groups = args.geometry.axis[2].dilation;
-    const Group group = group_of(entry);
-    return (((group.batch * rows() * row_groups + group.row) * columns()) * column_groups + group.column) * args.geometry.heads + head;
+    const Map map(args.geometry, entry, 1);
+    const int height = rows() * map.row_step, width = columns() * map.column_step;
+    return ((map.batch * height + map.row_group) * width + map.column_group) * args.geometry.heads + head;
   }
   FASTNA_DEVICE u32 token_index(int map, int row, int column) const {
     if constexpr (Config::DILATED) return map + (row * args.geometry.axis[1].dilation * columns() + column) * column_step();
@@ -203,21 +197,17 @@ struct HopperRing {
     RingWalk walk(args.walks, member);
     if (lane_index() != 0) return;
     for (; walk.exists(args.walks); walk.advance(args)) {
-      int column = origin(walk.strip * Config::STRIP);
-      if constexpr (Config::DILATED) column = column * args.geometry.axis[2].dilation + group_of(walk.entry).column;
+      const Map map(args.geometry, walk.entry, 1);
+      const int column = map.column(origin(walk.strip * Config::STRIP));
       for (int block = 0; block <= args.walks.steps + Config::BLOCKS - 2; ++block, at.advance()) {
-        int row = block * TILE_SIDE - Config::ABOVE - args.lift, batch = walk.entry;
-        if constexpr (Config::DILATED) {
-          const Group group = group_of(walk.entry);
-          row = row * args.geometry.axis[1].dilation + group.row, batch = group.batch;
-        }
+        const int row = map.row(block * TILE_SIDE - Config::ABOVE - args.lift);
         MemoryBarrier& full = shared.full[at.slot];
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(full, RING_TENSORS * Config::BLOCK_BYTES);
-        copy_box(shared.ring[RING_GRAD_OUTPUT][at.slot], args.grad_output, full, head * D, column, row, 0, batch);
-        copy_box(shared.ring[RING_QUERY][at.slot], args.query, full, head * D, column, row, 0, batch);
-        copy_box(shared.ring[RING_KEY][at.slot], args.key, full, head * D, column, row, 0, batch);
-        copy_box(shared.ring[RING_VALUE][at.slot], args.value, full, head * D, column, row, 0, batch);
+        copy_box(shared.ring[RING_GRAD_OUTPUT][at.slot], args.grad_output, full, head * D, column, row, 0, map.batch);
+        copy_box(shared.ring[RING_QUERY][at.slot], args.query, full, head * D, column, row, 0, map.batch);
+        copy_box(shared.ring[RING_KEY][at.slot], args.key, full, head * D, column, row, 0, map.batch);
+        copy_box(shared.ring[RING_VALUE][at.slot], args.value, full, head * D, column, row, 0, map.batch);
       }
     }
   }
