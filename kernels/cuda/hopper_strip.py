@@ -123,7 +123,7 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
             continue  # some windows would begin before their strip's row blocks, or end behind them
         if (columns + axis.window - 2) * axis.dilation >= LONGEST_BOX:
             continue
-        maps = 1 if strips > 1 or wide or axis.dilation > 1 else MOST_COLUMNS[problem.head_dim] // columns
+        maps = 1 if strips > 1 or wide or max(problem.dilation) > 1 else MOST_COLUMNS[problem.head_dim] // columns
         if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
             maps = 1
         # The copying warp waits for queries' place with one row block more.

@@ -131,6 +131,15 @@ def test_maps_side_by_side(batch: int) -> None:
             assert_forward(problem, make_operands(problem))
 
 
+def test_dilation_groups_do_not_lie_side_by_side() -> None:
+    """Nor do they where rows are dilated and columns are not."""
+    for axes in ((Axis(28, 7, 2), Axis(14, 7)), (Axis(14, 7), Axis(28, 7, 2))):
+        problem = strip_walks.as_maps(dataclasses.replace(make_problem((14, 14), (7, 7), batch=512), axes=axes))
+        strip = hopper_strip.choose_strip(problem, HOPPER)
+        assert strip is not None
+        assert strip.maps == 1
+
+
 def test_nothing_outside_the_map_is_seen(emulator: EmulatorRuntime) -> None:
     problem = make_problem((14, 12), (7, 7), batch=2)
 
