@@ -25,7 +25,7 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import LEAST_SHARE, SIDE, WALKS, Walks, as_maps, walks_of, why_no_shape
+from kernels.cuda.strip_walks import SIDE, WALKS, Walks, as_maps, walks_of, why_no_shape
 from kernels.cuda.tensor_map import MAX_BOX
 from kernels.problem import Axis, Problem
 
@@ -54,14 +54,11 @@ HOPPER_RING_BACKWARD = Struct(
 _set_pointers = HOPPER_RING_BACKWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
-WINDOWS = (3, 5, 7, 9, 11, 13)
 MOST_SLOTS = 8
 """Row blocks that a ring holds; at least one more than are in use."""
 WARPS, FEWEST_WARPS = {32: 12, 64: 8}, 8
 """That multiply, by head_dim: the fastest measured of the 8, 12 or 16 that the kernel takes; 8 where no more fit."""
 BIAS_LINES_BEFORE = 8
-LEAST_SHARE_OF_WIDE = 0.3
-"""Of the time, that SMs must be busy with windows above 7: for these there is only `flash`, three times as slow."""
 SWEEP_BYTES, STEP_BYTES = 48, 80
 """Tables of a sweep of a pair of columns, and of a step: StripSweep, RingStep."""
 
@@ -78,7 +75,7 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve `problem`'s backward pass, in one sentence; None if it does."""
-    reason = why_no_shape(problem, WINDOWS, dilates=True)
+    reason = why_no_shape(problem)
     if reason:
         return reason
     problem = as_maps(problem)
@@ -90,8 +87,7 @@ def why_not(problem: Problem) -> str | None:
     strip = choose_strip(problem, problem.has_rpb, device)
     if strip is None:
         return f"its rings need more than the {device.shared_memory} bytes of a block"
-    least_share = LEAST_SHARE if max(problem.window) <= 7 else LEAST_SHARE_OF_WIDE
-    return _walks(problem, strip, device).why_idle(device, least_share)
+    return _walks(problem, strip, device).why_idle(problem, device)
 
 
 def why_not_gradient(operands: Operands, grad_output: Tensor) -> str | None:

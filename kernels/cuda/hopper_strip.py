@@ -24,7 +24,7 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, is_whole, walks_of, why_no_rows, why_no_shape
+from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, walks_of, why_no_shape
 from kernels.problem import Axis, Problem
 
 HOPPER_STRIP_FORWARD = Struct(
@@ -44,7 +44,6 @@ HOPPER_STRIP_FORWARD = Struct(
 _set_pointers = HOPPER_STRIP_FORWARD.pointers()
 
 ARCHITECTURES = ("sm_90a",)
-WINDOWS = (3, 5, 7, 9, 11, 13)
 LOG2_E = math.log2(math.e)
 MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
@@ -72,7 +71,7 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the forward pass, in one sentence; None where it does."""
-    reason = why_no_shape(problem, WINDOWS, dilates=True) or why_no_rows(as_maps(problem))
+    reason = why_no_shape(problem) or why_no_rows(as_maps(problem))
     if reason:
         return reason
     device = runtime.properties(problem.device)
@@ -80,7 +79,26 @@ def why_not(problem: Problem) -> str | None:
     strip = choose_strip(maps, device)
     if strip is None:
         return "a strip would be too narrow, or its rings too large for shared memory"
-    return walks_of(maps, strip.columns, strip.maps, device).why_idle(device)
+    return walks_of(maps, strip.columns, strip.maps, device).why_idle(problem, device)
+
+
+def why_no_rows(problem: Problem) -> str | None:
+    """Why a step's row blocks do not hold what 8 rows of queries see, in one sentence; None where they do."""
+    length, window = problem.axes[0].length, problem.axes[0].window
+    if suits(length, window) or is_whole(length, window):
+        return None
+    return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
+
+
+def suits(length: int, window: int) -> bool:
+    """Whether the windows of every 8 rows of queries lie within their two row blocks, which begin window // 2 rows
+    before them; or three, those of the map around them, where windows have more than 8 rows."""
+    return length % SIDE == 0 or length % SIDE > (window // 2 if window < SIDE else window - SIDE - 1)
+
+
+def is_whole(length: int, window: int) -> bool:
+    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
+    return window < SIDE < length < SIDE + window
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -105,7 +123,7 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
             continue  # some windows would begin before their strip's row blocks, or end behind them
         if (columns + axis.window - 2) * axis.dilation >= LONGEST_BOX:
             continue
-        maps = 1 if strips > 1 or wide or axis.dilation > 1 else MOST_COLUMNS[problem.head_dim] // columns
+        maps = 1 if strips > 1 or wide or max(problem.dilation) > 1 else MOST_COLUMNS[problem.head_dim] // columns
         if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
             maps = 1
         # The copying warp waits for queries' place with one row block more.

@@ -29,7 +29,7 @@ from kernels.problem import Axis, Problem
 
 ARCHITECTURES = ("sm_90a",)
 HEAD_DIM = 64
-TILE = 8
+TILE, LARGEST_WINDOW = 8, 7
 MAX_COLUMNS = 1024
 """Of a map: a table in shared memory has an entry for each."""
 SLOTS = (4, 3)
@@ -92,6 +92,8 @@ def why_not(problem: Problem) -> str | None:
         return reason
     if problem.head_dim != HEAD_DIM or problem.has_rpb:
         return f"it is for a head_dim of {HEAD_DIM} without a bias, where it is measured to be faster"
+    if max(problem.window) > LARGEST_WINDOW or max(problem.dilation) > 1:
+        return f"it takes windows of up to {LARGEST_WINDOW} without dilation, not {problem.window}"
     device = runtime.properties(problem.device)
     rows, columns = problem.axes
     if lift_of(rows) is None or not covers_columns(columns):

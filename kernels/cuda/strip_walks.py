@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kernels.cuda import runtime
@@ -19,11 +18,12 @@ from kernels.cuda.tensor_map import MAX_STEP
 from kernels.problem import Problem
 
 WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
-WINDOWS = (3, 5, 7)
+WINDOWS = (3, 5, 7, 9, 11, 13)
 SIDE = 8
 """Rows of a row block."""
-LEAST_SHARE = 0.75
-"""Of the time, that SMs must be busy: below, blocks that do not stay win."""
+LEAST_SHARE, LEAST_SHARE_OF_WIDE = 0.75, 0.3
+"""Of the time, that SMs must be busy: below, blocks that do not stay win. With windows above 7 only `flash` is left,
+three times as slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,9 @@ class Walks:
     def pack(self, steps: int) -> bytes:
         return WALKS.pack(entries=self.entries, at_once=self.blocks // self.strips, strips=self.strips, steps=steps)
 
-    def why_idle(self, device: DeviceProperties, least_share: float = LEAST_SHARE) -> str | None:
+    def why_idle(self, problem: Problem, device: DeviceProperties) -> str | None:
         """Why there are too few for a device, in one sentence; None where there are not."""
+        least_share = LEAST_SHARE_OF_WIDE if max(problem.window) > SIDE else LEAST_SHARE
         count = self.strips * self.entries
         if self.heads * count < least_share * self.rounds * device.multiprocessors:
             walks = f"{self.heads * count} walks down a map keep {device.multiprocessors} SMs"
@@ -66,7 +67,7 @@ def walks_of(problem: Problem, columns: int, maps: int, device: DeviceProperties
     return Walks(problem.heads, strips, entries, min(at_once * strips, entries * strips))
 
 
-def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS, *, dilates: bool = False) -> str | None:
+def why_no_shape(problem: Problem) -> str | None:
     """Why row blocks and walks do not suit a problem, forward or backward, in one sentence; None where they do."""
     reason = runtime.why_not_here(problem)
     if reason:
@@ -83,12 +84,10 @@ def why_no_shape(problem: Problem, windows: Sequence[int] = WINDOWS, *, dilates:
         return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
     if any(axis.causal or axis.stride != 1 for axis in problem.axes):
         return "it knows no causal masking and no stride"
-    if not dilates and any(axis.dilation != 1 for axis in problem.axes):
-        return "it knows no dilation"
     if any(axis.length % axis.dilation or axis.dilation > MAX_STEP for axis in problem.axes):
         return f"it takes dilations up to {MAX_STEP} that divide an axis, not {problem.dilation} of {problem.space}"
-    if any(window not in windows for window in problem.window):
-        return f"it takes windows of {windows}, not {problem.window}"
+    if any(window not in WINDOWS for window in problem.window):
+        return f"it takes windows of {WINDOWS}, not {problem.window}"
     if problem.additional:
         return "it knows no additional keys"
     if problem.batch * problem.tokens * problem.heads >= MAP_LIMIT:
@@ -102,22 +101,3 @@ def as_maps(problem: Problem) -> Problem:
     """Its dilation groups, all equally long, as maps of their own: entries of a batch. Axes keep their dilation."""
     axes = tuple(dataclasses.replace(axis, length=axis.length // axis.dilation) for axis in problem.axes)
     return dataclasses.replace(problem, batch=problem.batch * math.prod(problem.dilation), axes=axes)
-
-
-def why_no_rows(problem: Problem) -> str | None:
-    """Why a step's row blocks do not hold what 8 rows of queries see, in one sentence; None where they do."""
-    length, window = problem.axes[0].length, problem.axes[0].window
-    if suits(length, window) or is_whole(length, window):
-        return None
-    return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
-
-
-def suits(length: int, window: int) -> bool:
-    """Whether the windows of every 8 rows of queries lie within their two row blocks, which begin window // 2 rows
-    before them; or three, those of the map around them, where windows have more than 8 rows."""
-    return length % SIDE == 0 or length % SIDE > (window // 2 if window < SIDE else window - SIDE - 1)
-
-
-def is_whole(length: int, window: int) -> bool:
-    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
-    return window < SIDE < length < SIDE + window

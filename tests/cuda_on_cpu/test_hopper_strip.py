@@ -20,8 +20,8 @@ from kernels.reference import Reference
 
 
 def assert_forward(problem: Problem, operands: Operands) -> None:
-    assert strip_walks.why_no_shape(problem, hopper_strip.WINDOWS, dilates=True) is None
-    assert strip_walks.why_no_rows(strip_walks.as_maps(problem)) is None
+    assert strip_walks.why_no_shape(problem) is None
+    assert hopper_strip.why_no_rows(strip_walks.as_maps(problem)) is None
     assert hopper_strip.why_not_operands(problem, operands) is None
     output, lse = backend.forward(hopper_strip, problem, operands)
     exact = dataclasses.replace(problem, dtype=torch.float64, rpb_dtype=None if operands.rpb is None else torch.float64)
@@ -131,6 +131,15 @@ def test_maps_side_by_side(batch: int) -> None:
             assert_forward(problem, make_operands(problem))
 
 
+def test_dilation_groups_do_not_lie_side_by_side() -> None:
+    """Nor do they where rows are dilated and columns are not."""
+    for axes in ((Axis(28, 7, 2), Axis(14, 7)), (Axis(14, 7), Axis(28, 7, 2))):
+        problem = strip_walks.as_maps(dataclasses.replace(make_problem((14, 14), (7, 7), batch=512), axes=axes))
+        strip = hopper_strip.choose_strip(problem, HOPPER)
+        assert strip is not None
+        assert strip.maps == 1
+
+
 def test_nothing_outside_the_map_is_seen(emulator: EmulatorRuntime) -> None:
     problem = make_problem((14, 12), (7, 7), batch=2)
 
@@ -162,7 +171,7 @@ def test_no_races() -> None:
 
 def test_lengths_that_row_blocks_cover() -> None:
     """All keys that 8 rows of queries see lie in their two row blocks, or three."""
-    for window in hopper_strip.WINDOWS:
+    for window in strip_walks.WINDOWS:
         above, rows = (window // 2, 16) if window < 8 else (8, 24)
         for length in range(window, 80):
             axis = Axis(length, window)
@@ -171,12 +180,12 @@ def test_lengths_that_row_blocks_cover() -> None:
                 for first in range(0, length, 8)
                 for begin, end in (axis.window_at(t, length) for t in range(length)[first : first + 8])
             )
-            assert strip_walks.suits(length, window) == covered, (length, window)
+            assert hopper_strip.suits(length, window) == covered, (length, window)
 
 
 def test_strips_hold_what_their_queries_see() -> None:
     """All that two neighbouring columns of queries see, and one column more, lies in a row block of their strip."""
-    for window, head_dim in itertools.product(hopper_strip.WINDOWS, (32, 64)):
+    for window, head_dim in itertools.product(strip_walks.WINDOWS, (32, 64)):
         for length in range(window, 140):
             problem = make_problem((16, length), (window, window), head_dim=head_dim, batch=128)
             strip = hopper_strip.choose_strip(problem, HOPPER)
