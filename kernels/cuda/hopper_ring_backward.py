@@ -26,7 +26,7 @@ from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip_walks import SIDE, WALKS, Walks, as_maps, walks_of, why_no_shape
-from kernels.cuda.tensor_map import MAX_BOX
+from kernels.cuda.tensor_map import MAX_BOX, MAX_STEP
 from kernels.problem import Axis, Problem
 
 HOPPER_RING_BACKWARD = Struct(
@@ -78,6 +78,8 @@ def why_not(problem: Problem) -> str | None:
     reason = why_no_shape(problem)
     if reason:
         return reason
+    if any(axis.length % axis.dilation for axis in problem.axes):
+        return f"it takes dilations up to {MAX_STEP} that divide an axis, not {problem.dilation} of {problem.space}"
     problem = as_maps(problem)
     if problem.head_dim > 32 and not problem.has_rpb:
         return "without a bias others are faster with a head_dim of 64"

@@ -24,7 +24,7 @@ from kernels.cuda.hopper_tiles import why_not_tensor
 from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
-from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, walks_of, why_no_shape
+from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, group_lengths, walks_of, why_no_shape
 from kernels.problem import Axis, Problem
 
 HOPPER_STRIP_FORWARD = Struct(
@@ -71,23 +71,24 @@ class Strip:
 
 def why_not(problem: Problem) -> str | None:
     """Why this family does not serve the forward pass, in one sentence; None where it does."""
-    reason = why_no_shape(problem) or why_no_rows(as_maps(problem))
+    reason = why_no_shape(problem) or why_no_rows(problem)
     if reason:
         return reason
     device = runtime.properties(problem.device)
-    maps = as_maps(problem)
-    strip = choose_strip(maps, device)
+    strip = choose_strip(problem, device)
     if strip is None:
         return "a strip would be too narrow, or its rings too large for shared memory"
-    return walks_of(maps, strip.columns, strip.maps, device).why_idle(problem, device)
+    return walks_of(as_maps(problem), strip.columns, strip.maps, device).why_idle(problem, device)
 
 
 def why_no_rows(problem: Problem) -> str | None:
     """Why a step's row blocks do not hold what 8 rows of queries see, in one sentence; None where they do."""
-    length, window = problem.axes[0].length, problem.axes[0].window
-    if suits(length, window) or is_whole(length, window):
+    if is_whole(problem.axes[0]):
         return None
-    return f"the last {length % SIDE} of {length} rows have windows that begin before their row block"
+    refused = (n for n in group_lengths(problem.axes[0]) if not suits(n, problem.window[0]))
+    return next(
+        (f"the last {n % SIDE} of {n} rows have windows that begin before their row block" for n in refused), None
+    )
 
 
 def suits(length: int, window: int) -> bool:
@@ -96,9 +97,9 @@ def suits(length: int, window: int) -> bool:
     return length % SIDE == 0 or length % SIDE > (window // 2 if window < SIDE else window - SIDE - 1)
 
 
-def is_whole(length: int, window: int) -> bool:
-    """Whether two row blocks are a map's rows, and every query sees some of the first one."""
-    return window < SIDE < length < SIDE + window
+def is_whole(axis: Axis) -> bool:
+    """Whether two row blocks are the rows of every map, and every query sees some of the first one."""
+    return all(axis.window < SIDE < length < SIDE + axis.window for length in group_lengths(axis))
 
 
 def why_not_operands(problem: Problem, operands: Operands) -> str | None:
@@ -116,10 +117,11 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
     """
     axis, wide = problem.axes[1], max(problem.window) > SIDE
     needed = 3 if problem.window[0] > SIDE else 2  # row blocks of a step
-    fewest = -(-axis.length // MOST_COLUMNS[problem.head_dim])
-    for strips in range(fewest, max(-(-axis.length // SIDE), fewest) + 1 if wide else fewest + 1):
-        columns = -(-axis.length // (2 * strips)) * 2
-        if 0 < axis.length % columns <= axis.window // 2 or columns < axis.window // 2 + 2:
+    lengths = group_lengths(axis)
+    fewest = -(-max(lengths) // MOST_COLUMNS[problem.head_dim])
+    for strips in range(fewest, max(-(-max(lengths) // SIDE), fewest) + 1 if wide else fewest + 1):
+        columns = -(-max(lengths) // (2 * strips)) * 2
+        if any(0 < n % columns <= axis.window // 2 for n in lengths) or columns < axis.window // 2 + 2:
             continue  # some windows would begin before their strip's row blocks, or end behind them
         if (columns + axis.window - 2) * axis.dilation >= LONGEST_BOX:
             continue
@@ -139,8 +141,9 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     column = SIDE * problem.head_dim * 2
     rows, columns = problem.window
     block = strip.maps * (strip.columns + columns - 1) * column
-    entries = 3 * SIDE - 2 + (SIDE if rows > SIDE or is_whole(problem.space[0], rows) else 0)
-    bias = rows * 2 * columns * entries * 8 + (4 if rows > SIDE else 3) * 32 * 4
+    entries = 3 * SIDE - 2 + (SIDE if rows > SIDE or is_whole(problem.axes[0]) else 0)
+    steps = (4 if rows > SIDE else 3) * (2 if max(problem.dilation) > 1 else 1)
+    bias = rows * 2 * columns * entries * 8 + steps * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
 
@@ -153,7 +156,7 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
         problem.has_rpb,
         problem.head_dim,
         *problem.window,
-        is_whole(problem.space[0], problem.window[0]),
+        is_whole(problem.axes[0]),
         strip.columns,
         strip.maps,
         strip.warps,
@@ -190,12 +193,12 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
     def launch_of(strip: Strip) -> Callable[..., None]:
         walks = walks_of(groups, strip.columns, strip.maps, device)
         packed = HOPPER_STRIP_FORWARD.pack(
-            geometry=pack_geometry(groups),
+            geometry=pack_geometry(problem),
             walks=walks.pack(-(-groups.space[0] // SIDE)),
             inverse_scale=1.0 / problem.scale,
             scale_log2e=problem.scale * LOG2_E,
         )
-        launch = Launch(source_of(groups, strip), walks.grid, shared_bytes(groups, strip), packed, _set_pointers)
+        launch = Launch(source_of(problem, strip), walks.grid, shared_bytes(problem, strip), packed, _set_pointers)
         halo = problem.window[1] - 1
         columns = (strip.columns, strip.columns + halo, strip.columns + halo)
         tensors = (operands.query, operands.key, operands.value)
@@ -216,8 +219,8 @@ def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
         launch = launch_of(strip)
         return lambda: launch(*map(address, tried()))
 
-    candidates = candidate_strips(groups, device)
-    strip = tuning.choose(_tuned_as(groups), candidates, problem.device, lambda strip: source_of(groups, strip), start)
+    candidates = candidate_strips(problem, device)
+    strip = tuning.choose(_tuned_as(groups), candidates, problem.device, lambda strip: source_of(problem, strip), start)
     return bound.forward(problem, launch_of(strip))
 
 
@@ -246,8 +249,8 @@ def representative_sources() -> Iterable[KernelSource]:
         nat_layer(56, torch.float16, window=9, rpb=False),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(96, 11, 8),) * 2),
         replace(nat_layer(8, torch.bfloat16), axes=(Axis(48, 7, 6),) * 2),
+        replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(56, 11, 5),) * 2),
     ):
-        maps = as_maps(problem)
-        strip = choose_strip(maps, HOPPER)
+        strip = choose_strip(problem, HOPPER)
         assert strip is not None, "its rings fit"
-        yield source_of(maps, strip)
+        yield source_of(problem, strip)

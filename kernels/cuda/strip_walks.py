@@ -15,7 +15,7 @@ from kernels.cuda.arguments import INT, MAP_LIMIT, Struct
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.cuda.tensor_map import MAX_STEP
-from kernels.problem import Problem
+from kernels.problem import Axis, Problem
 
 WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT, strips=INT, steps=INT)
 WINDOWS = (3, 5, 7, 9, 11, 13)
@@ -84,8 +84,8 @@ def why_no_shape(problem: Problem) -> str | None:
         return f"it takes a key head for every head, not {problem.key_heads} for {problem.heads}"
     if any(axis.causal or axis.stride != 1 for axis in problem.axes):
         return "it knows no causal masking and no stride"
-    if any(axis.length % axis.dilation or axis.dilation > MAX_STEP for axis in problem.axes):
-        return f"it takes dilations up to {MAX_STEP} that divide an axis, not {problem.dilation} of {problem.space}"
+    if max(problem.dilation) > MAX_STEP:
+        return f"it takes dilations up to {MAX_STEP}, not {problem.dilation}"
     if any(window not in WINDOWS for window in problem.window):
         return f"it takes windows of {WINDOWS}, not {problem.window}"
     if problem.additional:
@@ -97,7 +97,14 @@ def why_no_shape(problem: Problem) -> str | None:
     return None
 
 
+def group_lengths(axis: Axis) -> tuple[int, int]:
+    """Of the longest and the shortest of its dilation groups, which differ by one at most."""
+    return axis.group_length(0), axis.group_length(axis.dilation - 1)
+
+
 def as_maps(problem: Problem) -> Problem:
-    """Its dilation groups, all equally long, as maps of their own: entries of a batch. Axes keep their dilation."""
-    axes = tuple(dataclasses.replace(axis, length=axis.length // axis.dilation) for axis in problem.axes)
+    """Its dilation groups, as long as the longest, as maps of their own: entries of a batch. Axes keep
+    their dilation.
+    """
+    axes = tuple(dataclasses.replace(axis, length=axis.group_length(0)) for axis in problem.axes)
     return dataclasses.replace(problem, batch=problem.batch * math.prod(problem.dilation), axes=axes)

@@ -22,7 +22,7 @@ struct HopperStripForwardArguments {
 };
 
 // WHOLE: a map's rows are those of two row blocks. COLUMNS: of a strip, even. MAPS: whose strips are side by side in a row block, where a map is one strip. WARPS: that multiply. STAGES: row
-// blocks in shared memory, QUERY_STAGES: steps of queries. DILATED: entries of walks are dilation groups, all equally long.
+// blocks in shared memory, QUERY_STAGES: steps of queries. DILATED: entries of walks are dilation groups, whose lengths differ by one at most.
 template <class T, class Rpb_, bool HAS_RPB_, int HEAD_DIM_, int WINDOW_ROWS_, int WINDOW_COLUMNS_, bool WHOLE_, int COLUMNS_, int MAPS_,
           int WARPS_, int STAGES_, int QUERY_STAGES_, bool DILATED_>
 struct HopperStripForwardConfig {
@@ -52,13 +52,14 @@ struct HopperStripForward {
   static constexpr int WARPS = Config::WARPS, STAGES = Config::STAGES, QUERY_STAGES = Config::QUERY_STAGES;
   static constexpr int ALL_CONSUMERS = 1;  // a named barrier
   static constexpr bool ALIGNED = Config::ALIGNED, DILATED = Config::DILATED;
-  static constexpr int KINDS = ALIGNED ? 4 : 3;  // of steps, by where windows are clamped
+  static constexpr int KINDS = ALIGNED ? 4 : 3;          // of steps, by where windows are clamped
+  static constexpr int LENGTHS = DILATED ? 2 : 1;        // of maps: of the longer groups, and of the shorter ones
 
   struct Shared {
     u8 key[STAGES][Config::BLOCK_BYTES], value[STAGES][Config::BLOCK_BYTES];
     u8 query[QUERY_STAGES][Config::QUERY_BYTES];
     u8 bias[Table::BYTES];
-    int own_bias[KINDS][WARP];  // of a lane: bytes into `bias`, in the first step, in those between, and in the last one (ALIGNED: last two)
+    int own_bias[LENGTHS][KINDS][WARP];  // of a lane: bytes into `bias`, in the first step, in those between, and in the last one (ALIGNED: last two)
     MemoryBarrier full[STAGES], empty[STAGES], query_full[QUERY_STAGES], query_empty[QUERY_STAGES];
   };
 
@@ -70,6 +71,8 @@ struct HopperStripForward {
   FASTNA_DEVICE HopperStripForward(const HopperStripForwardArguments& args_, Shared& shared_)
       : args(args_), shared(shared_), head(block_index() % args_.geometry.heads), walk(args_.walks, block_index() / args_.geometry.heads) {}
 
+  FASTNA_DEVICE int steps_of(const StripMap<DILATED>& map) const { return DILATED ? ceil_div(map.rows(args.geometry), TILE_SIDE) : args.walks.steps; }
+
   // One thread. The queries of a step come behind its first row block: were they first, they could wait for a step that lacks its second one.
   FASTNA_DEVICE void produce() {
     RingPosition<STAGES> at;
@@ -78,14 +81,16 @@ struct HopperStripForward {
       const StripMap<DILATED> map(args.geometry, walk.entry, Config::MAPS);
       const int batch = map.batch, first_column = walk.strip * Config::COLUMNS;
       const int column = map.column(first_column), key_column = map.column(first_column - Config::LEFT);
-      for (int block = 0; block < args.walks.steps + (Config::WHOLE || ALIGNED ? 0 : 1); ++block) {
+      const int steps = steps_of(map);
+#pragma unroll 1
+      for (int block = 0; block < steps + (Config::WHOLE || ALIGNED ? 0 : 1); ++block) {
         const int row = map.row(block * TILE_SIDE), key_row = map.row(block * TILE_SIDE - (Config::WHOLE || ALIGNED ? 0 : Config::ABOVE));
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);
         barrier_expect(shared.full[at.slot], 2 * Config::BLOCK_BYTES);
         copy_box(shared.key[at.slot], args.key, shared.full[at.slot], head * D, key_row, key_column, 0, batch);
         copy_box(shared.value[at.slot], args.value, shared.full[at.slot], head * D, key_row, key_column, 0, batch);
         at.advance();
-        if (block == args.walks.steps) break;
+        if (block == steps) break;
         barrier_wait(shared.query_empty[query_at.slot], query_at.parity ^ 1);
         barrier_expect(shared.query_full[query_at.slot], Config::QUERY_BYTES);
         copy_box(shared.query[query_at.slot], args.query, shared.query_full[query_at.slot], head * D, row, column, 0, batch);
@@ -98,16 +103,15 @@ struct HopperStripForward {
   FASTNA_DEVICE void consume(int warp) {
     const int thread = warp * WARP + lane_index(), lane = lane_index();
     const Geometry& geometry = args.geometry;
-    const int rows = geometry.axis[1].length, columns = geometry.axis[2].length, heads = geometry.heads, steps = args.walks.steps;
-    const u32 map_tokens = rows * columns * heads;
-    const u32 next_column = (DILATED ? geometry.axis[2].dilation : 1) * heads;  // from a token to the next of its row, among all tokens and heads
-    const u32 next_row = (DILATED ? geometry.axis[1].dilation : 1) * columns * next_column;
+    const int heads = geometry.heads, row_tokens = geometry.axis[2].length * heads;
+    const u32 map_tokens = geometry.axis[1].length * row_tokens;
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * Table::LINES);
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, WARPS * WARP);
     // A step between the first and the last ones is like the second one of a map that goes on.
-    if (warp < KINDS) {
-      const int step = warp == 0 ? 0 : warp == 1 ? 1 : steps - KINDS + warp;
-      shared.own_bias[warp][lane] = Table::lane_offset(lane, step, warp == 1 ? 1 << 20 : rows);
+    if (warp < LENGTHS * KINDS) {
+      const int kind = warp % KINDS, rows = DILATED ? ceil_div(geometry.axis[1].length, geometry.axis[1].dilation) - warp / KINDS : geometry.axis[1].length;
+      const int step = kind == 0 ? 0 : kind == 1 ? 1 : (DILATED ? ceil_div(rows, TILE_SIDE) : args.walks.steps) - KINDS + kind;
+      shared.own_bias[warp / KINDS][kind][lane] = Table::lane_offset(lane, step, kind == 1 ? 1 << 20 : rows);
     }
     named_barrier(ALL_CONSUMERS, WARPS * WARP);
 
@@ -120,10 +124,11 @@ struct HopperStripForward {
     for (; walk.exists(args.walks); walk.advance(args.walks)) {
       const StripMap<DILATED> place(geometry, walk.entry, Config::MAPS);
       const int first_column = walk.strip * Config::COLUMNS, batch = place.batch;
+      const int rows = place.rows(geometry), columns = place.columns(geometry), steps = steps_of(place);
+      const int length = DILATED && rows * geometry.axis[1].dilation < geometry.axis[1].length ? 1 : 0;  // which one of LENGTHS
       const int pairs = Config::MAPS > 1 ? Config::MAPS * (Config::COLUMNS / 2) : ceil_div(minimum(Config::COLUMNS, columns - first_column), 2);
       int row = 0;  // of the map; `token` is the number of the one there in the strip's first column, among all tokens and heads
-      u32 token = batch * map_tokens + first_column * heads + head;
-      if constexpr (DILATED) token = (place.batch * geometry.axis[1].dilation * rows + place.row_group) * (next_row / geometry.axis[1].dilation) + place.column(first_column) * heads + head;
+      u32 token = batch * map_tokens + place.row(0) * row_tokens + place.column(first_column) * heads + head;
       barrier_wait(shared.full[at.slot], at.parity);
       RingPosition<STAGES> above = at;  // ALIGNED: `at` has a step's own rows
       for (int step = 0; step < steps; ++step) {
@@ -138,7 +143,7 @@ struct HopperStripForward {
         }
         barrier_wait(shared.query_full[query_at.slot], query_at.parity);
         if (pair < pairs) {
-          const int own = shared.own_bias[step == 0 ? 0 : maximum(1, step - steps + KINDS)][lane];
+          const int own = shared.own_bias[length][step == 0 ? 0 : maximum(1, step - steps + KINDS)][lane];
           const bool begins = step == 0, ends = step == steps - 1;
           const Reach reach = !ALIGNED ? Reach{above.slot, at.slot, 0, 1, 2}
                                        : Reach{at.slot, begins ? below.slot : above.slot, below.slot, begins ? 2 : 0, begins || ends ? 2 : 3};
@@ -146,7 +151,7 @@ struct HopperStripForward {
           for (; pair < pairs; pair += WARPS) {
             const int map = Config::MAPS > 1 ? pair / (Config::COLUMNS / 2) : 0;
             if (Config::MAPS > 1 && batch + map >= geometry.batch) continue;
-            attend(own, first_column, 2 * pair - map * Config::COLUMNS, map, reach, query_at.slot, token + map * map_tokens, rows - row);
+            attend(own, columns, first_column, 2 * pair - map * Config::COLUMNS, map, reach, query_at.slot, token + map * map_tokens, rows - row);
           }
         }
         pair -= pairs;
@@ -156,7 +161,7 @@ struct HopperStripForward {
         if (ALIGNED && step + 1 < steps) above = at, at = below;
         query_at.advance();
         row += TILE_SIDE;
-        token += TILE_SIDE * next_row;
+        token += TILE_SIDE * place.row_step * row_tokens;
       }
       release(shared.empty[at.slot]);
       at.advance();
@@ -183,10 +188,10 @@ struct HopperStripForward {
   // scores of the first row block, and raised where the sum of weights shows that it was too low.
   static constexpr float MOST = is_same<T, half> ? 32768.0f : 1e18f;
 
-  // Of the queries in columns `own_column` and the next one of the strip that begins with `first_column` of the map, number `map` of those in
+  // Of the queries in columns `own_column` and the next one of the strip that begins with `first_column` of the map's `columns`, number `map` of those in
   // the row blocks. `own` is where the lane's entries of the bias are, `token` that of the strip's first column, `rows` are left.
-  FASTNA_DEVICE void attend(int own, int first_column, int own_column, int map, const Reach& reach, int query_slot, u32 token, int rows) const {
-    const int lane = lane_index(), columns = args.geometry.axis[2].length, column = first_column + own_column;
+  FASTNA_DEVICE void attend(int own, int columns, int first_column, int own_column, int map, const Reach& reach, int query_slot, u32 token, int rows) const {
+    const int lane = lane_index(), column = first_column + own_column;
     const int begin = window_begin<Config::WINDOW_COLUMNS>(column, columns);  // of the first column's window
     const bool same = window_begin<Config::WINDOW_COLUMNS>(column + 1, columns) == begin;
     const u32 seen = (map * Config::MAP_COLUMNS + begin - (first_column - Config::LEFT)) * COLUMN;  // bytes into a row block
@@ -284,7 +289,7 @@ struct HopperStripForward {
     // Neighbouring lanes swap words, so that each has 8 bytes of one of two chunks, and four lanes fill a sector.
     const bool odd = (lane & 1) != 0;
     const int heads = args.geometry.heads, exist = lane / 4 < rows ? columns - column : 0;
-    const u32 next_column = (DILATED ? args.geometry.axis[2].dilation : 1) * heads, next_row = (DILATED ? args.geometry.axis[1].dilation : 1) * columns * next_column;
+    const u32 next_column = (DILATED ? args.geometry.axis[2].dilation : 1) * heads, next_row = (DILATED ? args.geometry.axis[1].dilation : 1) * args.geometry.axis[2].length * heads;
     token += lane / 4 * next_row + own_column * next_column;
     T* results = static_cast<T*>(args.output) + (lane & 1) * 8 + (lane & 2) * 2;
     keep(results);

@@ -86,6 +86,9 @@ struct StripMap {
   }
   FASTNA_DEVICE int row(int i) const { return i * row_step + row_group; }
   FASTNA_DEVICE int column(int i) const { return i * column_step + column_group; }
+  // How many it has; `geometry` is the batch entry's.
+  FASTNA_DEVICE int rows(const Geometry& geometry) const { return DILATED ? ceil_div(geometry.axis[1].length - row_group, row_step) : geometry.axis[1].length; }
+  FASTNA_DEVICE int columns(const Geometry& geometry) const { return DILATED ? ceil_div(geometry.axis[2].length - column_group, column_step) : geometry.axis[2].length; }
 };
 
 // First key that a query sees, or that its neighbours would see if the map went on.
