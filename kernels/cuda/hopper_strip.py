@@ -74,6 +74,8 @@ def why_not(problem: Problem) -> str | None:
     reason = why_no_shape(problem) or why_no_rows(problem)
     if reason:
         return reason
+    if max(problem.dilation) > 1 and max(problem.window) < SIDE and as_maps(problem).space[1] <= SIDE:
+        return f"on dilation groups of at most {SIDE} columns `strip` is as fast or faster"
     device = runtime.properties(problem.device)
     strip = choose_strip(problem, device)
     if strip is None:
@@ -248,7 +250,7 @@ def representative_sources() -> Iterable[KernelSource]:
         *(nat_layer(length, torch.bfloat16, window=11) for length in (56, 28, 14, 12)),
         nat_layer(56, torch.float16, window=9, rpb=False),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(96, 11, 8),) * 2),
-        replace(nat_layer(8, torch.bfloat16), axes=(Axis(48, 7, 6),) * 2),
+        replace(nat_layer(28, torch.bfloat16), axes=(Axis(56, 7, 2),) * 2),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(56, 11, 5),) * 2),
     ):
         strip = choose_strip(problem, HOPPER)
