@@ -49,7 +49,8 @@ MOST_COLUMNS = {32: 32, 64: 16}
 """Of a strip, by head_dim: with more of them shared memory holds too few row blocks ahead of the one in use."""
 WARPS = 15  # that multiply; with the one that copies four on each quarter of an SM, of 128 registers
 OTHER_WARPS = {32: 19, 64: 11}  # by head_dim: five of 96 registers, three of 168
-WIDE_WARPS = 11  # for windows of more than 7 columns, whose scores take more registers
+WIDE_WARPS = (11, 7)  # for windows of more than 7 rows or columns: of 168 registers, or of 255
+MOST_HELD = 90  # numbers that a lane of 168 registers has room for without spills
 LONGEST_BOX = 256  # positions of an axis that a tensor copy spans
 
 
@@ -130,9 +131,12 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
         maps = 1 if strips > 1 or wide or max(problem.dilation) > 1 else MOST_COLUMNS[problem.head_dim] // columns
         if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
             maps = 1
+        # A lane holds scores and weights of all columns of keys, and sums of values.
+        roomy = 6 * (axis.window + 1) + problem.head_dim // 2 > MOST_HELD
+        warps = WIDE_WARPS[int(roomy)] if wide else WARPS
         # The copying warp waits for queries' place with one row block more.
         for query_stages in range(7, 1 if wide else 0, -1):
-            strip = Strip(columns, maps, query_stages + needed - 1, query_stages, WIDE_WARPS if wide else WARPS)
+            strip = Strip(columns, maps, query_stages + needed - 1, query_stages, warps)
             if shared_bytes(problem, strip) <= device.shared_memory:
                 return strip
     return None
@@ -177,14 +181,14 @@ def source_of(problem: Problem, strip: Strip) -> KernelSource:
 
 
 def candidate_strips(problem: Problem, device: DeviceProperties) -> list[Strip]:
-    """What `choose_strip` takes; then, but for wide windows, more warps of fewer registers, or at head_dim 64 fewer of
-    more.
+    """What `choose_strip` takes; then more warps of fewer registers, or at head_dim 64 fewer of more; of wide windows
+    the other number of warps.
     """
     guess = choose_strip(problem, device)
     assert guess is not None, "why_not accepts the problem"
-    if max(problem.window) > SIDE:
-        return [guess]
-    return [guess, replace(guess, warps=OTHER_WARPS[problem.head_dim])]
+    wide = max(problem.window) > SIDE
+    other = sum(WIDE_WARPS) - guess.warps if wide else OTHER_WARPS[problem.head_dim]
+    return [guess, replace(guess, warps=other)]
 
 
 def bind_forward(problem: Problem, operands: Operands) -> BoundForward:
@@ -249,6 +253,8 @@ def representative_sources() -> Iterable[KernelSource]:
         nat_layer(28, torch.bfloat16, window=3),
         *(nat_layer(length, torch.bfloat16, window=11) for length in (56, 28, 14, 12)),
         nat_layer(56, torch.float16, window=9, rpb=False),
+        nat_layer(56, torch.bfloat16, window=13),
+        *(nat_layer(56, torch.bfloat16, head_dim=64, window=window) for window in (9, 11)),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(96, 11, 8),) * 2),
         replace(nat_layer(28, torch.bfloat16), axes=(Axis(56, 7, 2),) * 2),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(56, 11, 5),) * 2),

@@ -108,10 +108,11 @@ struct HopperStripForward {
     const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * Table::LINES);
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, WARPS * WARP);
     // A step between the first and the last ones is like the second one of a map that goes on.
-    if (warp < LENGTHS * KINDS) {
-      const int kind = warp % KINDS, rows = DILATED ? ceil_div(geometry.axis[1].length, geometry.axis[1].dilation) - warp / KINDS : geometry.axis[1].length;
+#pragma unroll 1
+    for (int i = warp; i < LENGTHS * KINDS; i += WARPS) {
+      const int kind = i % KINDS, rows = DILATED ? ceil_div(geometry.axis[1].length, geometry.axis[1].dilation) - i / KINDS : geometry.axis[1].length;
       const int step = kind == 0 ? 0 : kind == 1 ? 1 : (DILATED ? ceil_div(rows, TILE_SIDE) : args.walks.steps) - KINDS + kind;
-      shared.own_bias[warp / KINDS][kind][lane] = Table::lane_offset(lane, step, kind == 1 ? 1 << 20 : rows);
+      shared.own_bias[i / KINDS][kind][lane] = Table::lane_offset(lane, step, kind == 1 ? 1 << 20 : rows);
     }
     named_barrier(ALL_CONSUMERS, WARPS * WARP);
 
@@ -210,7 +211,7 @@ struct HopperStripForward {
     const u32 ones = pack2<T>(1.0f, 1.0f);
 
     // Side by side where registers allow: the second block's scores while the first one's values are multiplied.
-#pragma unroll(D == 64 || ALIGNED ? 1 : 2)
+#pragma unroll(D == 64 || ALIGNED || KEYS > 8 ? 1 : 2)
     for (int block = 0; block < (ALIGNED ? reach.count : 2); ++block) {
       const u32 slot = reach.slot(block) * Config::BLOCK_BYTES + seen;
       const u32 key = shared_address(shared.key[0]) + slot + swizzled_chunk<ROW>(lane % 8, lane / 8);

@@ -65,6 +65,7 @@ def test_windows(emulator: EmulatorRuntime, window: tuple[int, int]) -> None:
         ((24, 17), (9, 13), torch.bfloat16),
         ((13, 24), (13, 7), torch.bfloat16),
         ((9, 14), (5, 11), torch.float16),
+        ((16, 15), (11, 13), torch.bfloat16),  # as many registers as seven warps have
     ],
 )
 def test_wide_windows(
@@ -81,7 +82,7 @@ def test_wide_windows(
         ((Axis(16, 7, 2), Axis(24, 7)), False),
         ((Axis(9, 5), Axis(56, 7, 8)), False),
         ((Axis(33, 9, 2), Axis(38, 11, 3)), True),  # lengths that differ by one, and of rows in steps
-        ((Axis(23, 11, 2), Axis(23, 11, 2)), False),
+        ((Axis(23, 11, 2), Axis(23, 13, 1)), False),  # seven warps
     ],
 )
 def test_dilation_groups_are_maps(emulator: EmulatorRuntime, axes: tuple[Axis, Axis], packed: bool) -> None:
