@@ -181,10 +181,15 @@ def _work(axis: Axis, lift: int) -> tuple[int, int] | None:
     return _steps(length, lift), pairs
 
 
+@functools.cache
 def _block_columns(axis: Axis, columns: int) -> int:
     """Of row blocks: all that the columns of any strip see or are seen from; odd."""
-    length, most = axis.length, SIDE
+    length, most, inner = axis.length, SIDE, False
     for begin in range(0, length, columns):
+        if axis.window <= begin <= length - axis.window - columns:  # strips away from the borders are all alike
+            if inner:
+                continue
+            inner = True
         reach = [
             see(c, length)
             for c in range(begin, min(begin + columns, length))
