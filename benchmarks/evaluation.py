@@ -69,7 +69,7 @@ def _on_gpu(device: torch.device, folder: Path, quick: bool) -> list[Step]:
     goals = [
         *models.settings(GOALS, ["inference", "training"], ["fused"], compile=True),
         *models.settings(GOALS, ["inference", "training"], ["fused", "naive"]),
-        *models.settings(GOALS, ["inference"], ["fused"], cuda_graph=True, compile=True),
+        *models.settings(GOALS, ["inference", "training"], ["fused"], cuda_graph=True, compile=True),
     ]
     # As CUDA graphs, so that the table is of the GPU alone: in eager mode a slow host decides.
     graphed = (paper, ["inference", "training"], ["fused", "naive", "gemm"])

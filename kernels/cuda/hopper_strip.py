@@ -1,7 +1,7 @@
 """`hopper_strip`: small sliding 2-D windows on sm_90a, forward, by tensor copies; see src/hopper_strip_forward.cuh.
 
 Blocks stay on their SM and walk down strips of maps, each of one head. So this family is for many maps; `strip` serves
-the others, and all that row blocks of 8 rows do not suit.
+the others, and all that row blocks of 8 rows do not suit, with windows up to 7, `flash` with wider ones.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kernels.cuda.jit import KernelSource, instantiate
 from kernels.cuda.nat_layers import nat_layer
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip_walks import SIDE, WALKS, as_maps, group_lengths, walks_of, why_no_shape
+from kernels.cuda.tensor_map import MAX_BOX
 from kernels.problem import Axis, Problem
 
 HOPPER_STRIP_FORWARD = Struct(
@@ -51,7 +52,6 @@ WARPS = 15  # that multiply; with the one that copies four on each quarter of an
 OTHER_WARPS = {32: 19, 64: 11}  # by head_dim: five of 96 registers, three of 168
 WIDE_WARPS = (11, 7)  # for windows of more than 7 rows or columns: of 168 registers, or of 255
 MOST_HELD = 90  # numbers that a lane of 168 registers has room for without spills
-LONGEST_BOX = 256  # positions of an axis that a tensor copy spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ def choose_strip(problem: Problem, device: DeviceProperties) -> Strip | None:
         columns = -(-max(lengths) // (2 * strips)) * 2
         if any(0 < n % columns <= axis.window // 2 for n in lengths) or columns < axis.window // 2 + 2:
             continue  # some windows would begin before their strip's row blocks, or end behind them
-        if (columns + axis.window - 2) * axis.dilation >= LONGEST_BOX:
+        if (columns + axis.window - 2) * axis.dilation >= MAX_BOX:
             continue
         maps = 1 if strips > 1 or wide or max(problem.dilation) > 1 else MOST_COLUMNS[problem.head_dim] // columns
         if problem.batch * problem.heads < 2 * maps * device.multiprocessors:
