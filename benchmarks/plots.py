@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
@@ -246,6 +247,12 @@ def change_spread(changes: pd.DataFrame) -> Picture:
     return _picture(figure, name, wide=True)
 
 
+def _model_colour(column: str) -> tuple[float, float, float, float]:
+    """The backend's colour, paler where the model is compiled: columns are named by `benchmarks.models.label`."""
+    backend, *how = column.split(", ")
+    return to_rgba(COLOURS.get(backend, "#bbbbbb"), 0.5 if "compile" in how else 1.0)
+
+
 def model_bars(frame: pd.DataFrame, mode: str, precision: str) -> Picture | None:
     """images/s of every model by backend, beside the paper's fused figure (A100)."""
     rows = frame[(frame["status"] == "ok") & (frame["mode"] == mode) & (frame["precision"] == precision)]
@@ -258,6 +265,6 @@ def model_bars(frame: pd.DataFrame, mode: str, precision: str) -> Picture | None
         wide["paper, fused (A100)"] = [PAPER[model][column] if model in PAPER else float("nan") for model in wide.index]
     name = f"Models: {mode}, {precision}"
     figure, axes = _axes(name, 12, 1.2 + len(wide) * (0.15 + 0.12 * len(wide.columns)))
-    wide.iloc[::-1].plot.barh(ax=axes, color=[COLOURS.get(str(c), "#bbbbbb") for c in wide.columns], width=0.8)
+    wide.iloc[::-1].plot.barh(ax=axes, color=[_model_colour(str(column)) for column in wide.columns], width=0.8)
     axes.set(xlabel="images/s", ylabel="")
     return _picture(figure, name, wide=True)
