@@ -52,6 +52,17 @@ def is_listened_to() -> bool:
     )
 
 
+def is_eager() -> bool:
+    """Whether a call does what it says and nobody listens: no tracing, mode or transform. Autocast may be on."""
+    return not (
+        torch._C._is_tracing()
+        or _in_function_mode()
+        or _dispatch_modes() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def find(kind: calls.Kind, given: Given, tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """What `keep` kept for this kind, options and tensors like these; None if nothing.
 

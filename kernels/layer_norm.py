@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from kernels import calls, direct
@@ -77,7 +76,9 @@ def _find(
     feeds_linear: bool,
 ) -> _Call | None:
     """What serves a call like this; None where PyTorch does. Found behind a guard, if one like it came before."""
-    if not (isinstance(x, Tensor) and (x.is_cuda or runtime.installed_runtime(x.device) is not None) and _is_eager()):
+    if not (isinstance(x, Tensor) and (x.is_cuda or runtime.installed_runtime(x.device) is not None)):
+        return None
+    if not direct.is_eager():
         return None
     cast = _cast_type(x, feeds_linear) if _casts() else None
     if weight is None:
@@ -152,17 +153,6 @@ def _is_plain(tensor: Tensor) -> bool:
 
 _casts = torch._C._is_any_autocast_enabled
 _records = torch.is_grad_enabled
-_is_tracing = torch._C._is_tracing
-_in_function_mode = torch._C._is_torch_function_mode_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_transforms = torch._C._are_functorch_transforms_active
-
-
-def _is_eager() -> bool:
-    """Whether a call does what it says and nobody listens: no tracing, mode or transform. Autocast is accounted for."""
-    return not (
-        _is_tracing() or _in_function_mode() or _dispatch_modes() > 0 or _transforms() or forward_ad._current_level >= 0
-    )
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -182,7 +172,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _is_eager():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not direct.is_eager():
             gradients = _differentiable(grad_output, x, weight, bias, statistics, needed)
         else:
             backward = ctx.call.backward(*needed[1:])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.cpu.linear import Linear
 from kernels.functional import neighborhood_attention
+from kernels.linear import Linear
 from kernels.validation import BoolPerAxis, IntPerAxis, bools_per_axis, ints_per_axis
 
 

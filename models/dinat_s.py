@@ -13,8 +13,8 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from kernels.cpu.linear import Linear
 from kernels.layer_norm import LayerNorm
+from kernels.linear import Linear
 from models.backbone import Level, PyramidBackbone, pyramid_blocks
 from models.layers import HEAD_DIM, PatchEmbed, pad_to_multiple
 from models.pretrained import AT_384, IN22K, build, published, with_22k_head

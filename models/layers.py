@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import na2d
-from kernels.cpu.linear import Linear
 from kernels.layer_norm import LayerNorm
+from kernels.linear import Linear
 
 HEAD_DIM = 32
 """Every published model has heads of 32 channels, whatever its width."""

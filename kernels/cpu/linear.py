@@ -2,8 +2,8 @@
 
 PyTorch multiplies float32 matrices by MKL on every x86 processor. MKL keeps to AVX2 where the processor is not Intel's;
 oneDNN, which PyTorch has for convolutions and half precision, takes AVX-512 wherever there is one: twice as fast on an
-AMD Zen 4 or 5. Nothing here computes: `Linear` is `torch.nn.Linear`, whose product and gradients go to oneDNN
-where that pays, and to PyTorch's own function everywhere else.
+AMD Zen 4 or 5. Nothing here computes: products and their gradients go to oneDNN where that pays, and to PyTorch's own
+function everywhere else.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from kernels import direct
 
 
 def _is_amd() -> bool:
@@ -39,14 +40,9 @@ WORTH = 1 << 22
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: `x` [..., in] by `weight` [out, in] plus `bias` [out], as [..., out]."""
-    if torch.jit.is_scripting() or torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
     if not (ONEDNN_IS_FASTER and _is_eager() and _pays(x, weight, bias)):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else _product(x, weight, bias)
-
-
-torch.fx.wrap("linear")  # tracing records the call instead of looking inside
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -69,15 +65,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_eager() -> bool:
-    """Whether a call does what it says and nobody listens: no autocast, tracing, dispatch mode or transform."""
-    return (
-        bool(torch.backends.mkldnn.enabled)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-    )
+    return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu") and direct.is_eager()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,10 +106,3 @@ def _over_rows(a: Tensor, b: Tensor) -> Tensor:
     if a.shape[1] <= b.shape[1]:
         return linear(a.t(), b.t())
     return linear(b.t(), a.t()).t()
-
-
-class Linear(nn.Linear):
-    """`torch.nn.Linear`, by the faster library: see the head of this file."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)

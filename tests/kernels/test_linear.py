@@ -1,18 +1,19 @@
-"""Linear layers by oneDNN: PyTorch's numbers, and PyTorch's own function wherever someone looks on."""
+"""Linear layers by oneDNN, or with bias gradients by products: PyTorch's numbers, and otherwise PyTorch's function."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import linear as front
 from kernels.cpu import linear as module
-from kernels.cpu.linear import Linear, linear
+from kernels.linear import Linear, linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -42,6 +43,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@settings(deadline=None)  # the first call prepares oneDNN
 @given(
     lead=st.lists(st.integers(0, 5), min_size=0, max_size=3),
     inner=st.integers(1, 40),
@@ -223,3 +225,91 @@ class TestLeftToPyTorch:
         torch.testing.assert_close(linear(x, weight.to_sparse_csr()), F.linear(x, weight))
         torch.testing.assert_close(linear(x.to_mkldnn(), weight.to_mkldnn()).to_dense(), F.linear(x, weight))
         assert not products
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """The shapes that are summed over their rows, on a CPU that multiplies halves as CUDA does."""
+    shapes = []
+
+    def summed(rows: Tensor) -> Tensor:
+        shapes.append(tuple(rows.shape))
+        return rows.double().sum(0).float()
+
+    monkeypatch.setattr(front, "_multiplies_halves", lambda device: True)
+    monkeypatch.setattr(front, "_sum_rows", summed)
+    monkeypatch.setattr(front, "WORTH", 4)
+    return shapes
+
+
+class TestBiasGradients:
+    """By a product with ones, over what no CPU multiplies: the product itself is tested on a GPU."""
+
+    @pytest.mark.parametrize("lead", [(6,), (2, 3), (2, 3, 5)])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_values_and_gradients(self, sums, lead, dtype):
+        layer, exact = Linear(8, 16, dtype=dtype), nn.Linear(8, 16, dtype=torch.float64)
+        exact.load_state_dict(layer.state_dict())
+        x = _random(*lead, 8).to(dtype).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        layer(x).sigmoid().sum().backward()
+        exact(wide).sigmoid().sum().backward()
+        assert sums == [(x.numel() // 8, 16)]
+        pairs = [(x, wide), (layer.weight, exact.weight), (layer.bias, exact.bias)]
+        for found, expected in pairs:
+            assert found.grad.dtype is dtype
+            torch.testing.assert_close(found.grad.double(), expected.grad, rtol=2e-2, atol=2e-2)
+
+    def test_autocast_gives_the_bias_what_was_summed(self, sums):
+        layer = Linear(8, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(_random(6, 8))
+        assert output.dtype is torch.bfloat16
+        output.backward(grad := _random(6, 16).bfloat16())
+        assert torch.equal(layer.bias.grad, grad.double().sum(0).float())  # not rounded to bfloat16
+
+    def test_the_result_may_be_changed_in_place(self, sums):
+        layer, x = Linear(8, 16, dtype=torch.bfloat16), _random(2, 3, 8).bfloat16()
+        F.relu(layer(x), inplace=True).sum().backward()
+        expected = torch.autograd.grad(F.relu(F.linear(x, layer.weight, layer.bias)).sum(), layer.bias)
+        assert torch.equal(layer.bias.grad, *expected)
+        assert len(sums) == 1
+
+    def test_second_derivative(self, sums):
+        x, weight, bias = (_random(*shape).bfloat16().requires_grad_() for shape in ((6, 8), (16, 8), (16,)))
+
+        def penalty(product):
+            (grad,) = torch.autograd.grad(product(x, weight, bias).pow(3).sum(), bias, create_graph=True)
+            return torch.autograd.grad(grad.float().square().sum(), (x, weight, bias))
+
+        for found, expected in zip(penalty(linear), penalty(F.linear), strict=True):
+            torch.testing.assert_close(found, expected, rtol=5e-2, atol=1)
+        assert len(sums) == 1  # of the second derivative, which nobody differentiates
+
+    def test_bias_alone_and_bias_frozen(self, sums):
+        layer, x = Linear(8, 16, dtype=torch.bfloat16), _random(6, 8).bfloat16()
+        layer.weight.requires_grad_(False)
+        layer(x).sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full((16,), 6.0).bfloat16())
+        layer.weight.requires_grad_(True)
+        layer.bias.requires_grad_(False)
+        layer(x).sum().backward()
+        assert len(sums) == 1
+
+    @pytest.mark.parametrize(
+        ("rows", "dtype", "records"), [(3, torch.bfloat16, True), (6, torch.float32, True), (6, torch.bfloat16, False)]
+    )
+    def test_left_to_pytorch(self, sums, rows, dtype, records):
+        layer = Linear(8, 16, dtype=dtype)
+        with torch.set_grad_enabled(records):
+            output = layer(_random(rows, 8).to(dtype))
+        if records:
+            output.sum().backward()
+        assert not sums
+
+    def test_compile_and_transforms(self, sums):
+        layer, x = Linear(8, 16, dtype=torch.bfloat16), _random(6, 8).bfloat16()
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+        parameters = dict(layer.named_parameters())
+        torch.func.grad(lambda p: torch.func.functional_call(layer, p, (x,)).sum())(parameters)
+        assert not sums
