@@ -47,6 +47,8 @@ def load(
     frame = pd.DataFrame([record for record in everything if "environment" not in record])
     if len(frame):
         frame = frame.drop_duplicates(list(index), keep="last").reset_index(drop=True)
+        if "seconds" not in frame:
+            frame["seconds"] = math.nan  # nothing could be timed
     return frame, facts
 
 

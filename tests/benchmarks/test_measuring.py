@@ -232,6 +232,23 @@ def test_improvement_is_in_the_papers_form():
     assert row["problems"] == 2
 
 
+def test_results_of_which_none_could_be_timed_are_still_tables(tmp_path):
+    path = tmp_path / "kernels-one.jsonl"
+    record = {
+        "suite": "one",
+        "key": "a",
+        "name": "a",
+        "method": "gemm",
+        "direction": "forward",
+        "case": {"dtype": "float16"},
+    }
+    path.write_text(json.dumps(record | {"status": "failed: no GPU"}) + "\n")
+    frame, _ = summary.load([path])
+    assert summary.case_table(frame, "forward").empty
+    assert summary.improvements(frame, "naive").empty
+    assert summary.precision_gains(frame).empty
+
+
 def test_16_bits_are_compared_with_float32_on_the_same_problem():
     cases = [SMALL.replace(batch=b, dtype=d) for b, d in ((1, "float32"), (1, "bfloat16"), (2, "bfloat16"))]
     (row,) = summary.precision_gains(_records(cases, {"fused": (3.0, 2.0, 9.0)})).to_dict("records")
