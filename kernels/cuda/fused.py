@@ -6,6 +6,7 @@ Families, in order; each may serve the forward pass, the backward pass, or both:
   hopper_strip  small sliding 2-D windows of many maps, on devices of compute capability 9.0 (hopper_ring_backward:
            their gradients; hopper_strip_backward: of wide heads without a bias)
   strip    small sliding 2-D windows
+  scalar   small windows in float32, and sequences with windows of a few keys: forward
   hopper   large windows on devices of compute capability 9.0 (hopper_backward: their gradients; hopper_joint: faster,
            where they need not be the same bits every time)
   flash    everything
@@ -30,13 +31,14 @@ from kernels.cuda import (
     hopper_strip,
     hopper_strip_backward,
     runtime,
+    scalar,
     strip,
     strip_backward,
 )
 from kernels.determinism import is_deterministic
 from kernels.problem import Problem
 
-FORWARD: tuple[ModuleType, ...] = (dense, block, hopper_strip, strip, hopper, flash)
+FORWARD: tuple[ModuleType, ...] = (dense, block, hopper_strip, strip, scalar, hopper, flash)
 BACKWARD: tuple[ModuleType, ...] = (
     block,
     hopper_strip_backward,

@@ -83,7 +83,7 @@ def test_tf32_is_a_setting_that_matters(emulator: EmulatorRuntime) -> None:
     tensors = projection(torch.float32, 7, 7)
     for precision, kernel in (("ieee", "ExactFloat"), ("tf32", "TensorCoreTf32")):
         torch.backends.cuda.matmul.fp32_precision = precision
-        na2d(*tensors, 7, backend="fused")
+        na2d(*tensors, 7, stride=2, backend="fused")
         assert any(kernel in source.name for source in emulator.kernels)
 
 
