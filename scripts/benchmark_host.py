@@ -40,7 +40,7 @@ FLOORS = ("allocation", "launch", "dispatch")
 CASES = (
     ("strip 14^2 h8", torch.bfloat16, 1, True),
     ("block 14^2 h8 d2", torch.bfloat16, 2, True),
-    ("flash 14^2 h8 float32", torch.float32, 1, False),
+    ("scalar 14^2 h8 float32", torch.float32, 1, False),
 )
 
 _floor = torch.library.Library("fastna_host_floor", "DEF")

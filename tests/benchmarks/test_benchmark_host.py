@@ -24,7 +24,7 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     head, *records = map(json.loads, path.read_text().splitlines())
     assert head["environment"]["device"]
-    assert {record["case"].split()[0] for record in records} == {"strip", "block", "flash"}
+    assert {record["case"].split()[0] for record in records} == {"strip", "block", "scalar"}
     for record in records:
         stages = record["microseconds"]
         assert stages["own"] == pytest.approx(stages["lookup"] + stages["addresses"])
