@@ -149,7 +149,8 @@ def shared_bytes(problem: Problem, strip: Strip) -> int:
     block = strip.maps * (strip.columns + columns - 1) * column
     entries = 3 * SIDE - 2 + (SIDE if rows > SIDE or is_whole(problem.axes[0]) else 0)
     steps = (4 if rows > SIDE else 3) * (2 if max(problem.dilation) > 1 else 1)
-    bias = rows * 2 * columns * entries * 8 + steps * 32 * 4
+    lines = 2 * columns if problem.has_rpb or rows < SIDE else 2
+    bias = rows * lines * entries * 8 + steps * 32 * 4
     barriers = 8 * 2 * (strip.stages + strip.query_stages)
     return 2 * strip.stages * block + strip.query_stages * strip.maps * strip.columns * column + bias + barriers
 
@@ -255,6 +256,7 @@ def representative_sources() -> Iterable[KernelSource]:
         nat_layer(56, torch.float16, window=9, rpb=False),
         nat_layer(56, torch.bfloat16, window=13),
         *(nat_layer(56, torch.bfloat16, head_dim=64, window=window) for window in (9, 11)),
+        nat_layer(56, torch.bfloat16, head_dim=64, window=13, rpb=False),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(96, 11, 8),) * 2),
         replace(nat_layer(28, torch.bfloat16), axes=(Axis(56, 7, 2),) * 2),
         replace(nat_layer(12, torch.bfloat16, window=11), axes=(Axis(56, 11, 5),) * 2),

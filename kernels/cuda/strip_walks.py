@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kernels.cuda import runtime
 from kernels.cuda.arguments import INT, MAP_LIMIT, Struct
+from kernels.cuda.hopper_tiles import SMALLEST_WINDOW
 from kernels.cuda.runtime import DeviceProperties
 from kernels.cuda.strip import DTYPES, HEAD_DIMS, SMALLEST_SCALE
 from kernels.cuda.tensor_map import MAX_STEP
@@ -21,9 +22,9 @@ WALKS = Struct("StripWalks", "fastna/hopper_strip.cuh", entries=INT, at_once=INT
 WINDOWS = (3, 5, 7, 9, 11, 13)
 SIDE = 8
 """Rows of a row block."""
-LEAST_SHARE, LEAST_SHARE_OF_WIDE = 0.75, 0.3
-"""Of the time, that SMs must be busy: below, blocks that do not stay win. With windows above 7 only `flash` is left,
-three times as slow."""
+LEAST_SHARE, LEAST_SHARE_BEFORE_FLASH = 0.75, 0.3
+"""Of the time, that SMs must be busy: below, blocks that do not stay win. With windows of more than 8 rows or columns
+and too few keys for `hopper` only `flash` is left, three times as slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Walks:
 
     def why_idle(self, problem: Problem, device: DeviceProperties) -> str | None:
         """Why there are too few for a device, in one sentence; None where there are not."""
-        least_share = LEAST_SHARE_OF_WIDE if max(problem.window) > SIDE else LEAST_SHARE
+        alone = max(problem.window) > SIDE and problem.window_size < SMALLEST_WINDOW
+        least_share = LEAST_SHARE_BEFORE_FLASH if alone else LEAST_SHARE
         count = self.strips * self.entries
         if self.heads * count < least_share * self.rounds * device.multiprocessors:
             walks = f"{self.heads * count} walks down a map keep {device.multiprocessors} SMs"

@@ -47,7 +47,7 @@ struct HopperStripForwardConfig {
 template <class Config>
 struct HopperStripForward {
   using T = typename Config::Element;
-  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS, Config::WHOLE, Config::ALIGNED>;
+  using Table = StripTable<Config::WINDOW_ROWS, Config::WINDOW_COLUMNS, Config::WHOLE, Config::ALIGNED, Config::ALIGNED && !Config::HAS_RPB>;
   static constexpr int D = Config::HEAD_DIM, ROW = Config::ROW_BYTES, COLUMN = Config::COLUMN_BYTES, KEYS = Config::KEYS;
   static constexpr int WARPS = Config::WARPS, STAGES = Config::STAGES, QUERY_STAGES = Config::QUERY_STAGES;
   static constexpr int ALL_CONSUMERS = 1;  // a named barrier
@@ -105,7 +105,7 @@ struct HopperStripForward {
     const Geometry& geometry = args.geometry;
     const int heads = geometry.heads, row_tokens = geometry.axis[2].length * heads;
     const u32 map_tokens = geometry.axis[1].length * row_tokens;
-    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * Table::LINES);
+    const auto* rpb = static_cast<const typename Config::Rpb*>(args.rpb) + head * ((2 * Config::WINDOW_ROWS - 1) * (2 * Config::WINDOW_COLUMNS - 1));
     Table::template build<Config::HAS_RPB>(shared.bias, rpb, args.inverse_scale, thread, WARPS * WARP);
     // A step between the first and the last ones is like the second one of a map that goes on.
 #pragma unroll 1
@@ -197,8 +197,8 @@ struct HopperStripForward {
     const bool same = window_begin<Config::WINDOW_COLUMNS>(column + 1, columns) == begin;
     const u32 seen = (map * Config::MAP_COLUMNS + begin - (first_column - Config::LEFT)) * COLUMN;  // bytes into a row block
     const u8* const line = shared.bias + Table::line_offset(begin - column);
-    const u8* const second_first = same ? line - Table::LINE : shared.bias;  // the table's first line is hidden
-    const u8* const second_last = same ? shared.bias : line + (KEYS - 2) * Table::LINE;
+    const u8* const second_first = same ? line - Table::COLUMN_STEP : shared.bias;  // the table's first line is hidden
+    const u8* const second_last = same ? shared.bias : line + (KEYS - 2) * Table::COLUMN_STEP;
     const float scale = args.scale_log2e;
 
     u32 query[D / 16][4];
@@ -221,13 +221,13 @@ struct HopperStripForward {
       float scores[KEYS][4];
       FASTNA_UNROLL
       for (int j = 0; j < KEYS; ++j) {
-        const u8* const second = j == 0 ? second_first : j == KEYS - 1 ? second_last : line + (j - 1) * Table::LINE;
+        const u8* const second = j == 0 ? second_first : j == KEYS - 1 ? second_last : line + (j - 1) * Table::COLUMN_STEP;
         const float2 initial = *reinterpret_cast<const float2*>(second + from);
         scores[j][2] = initial.x, scores[j][3] = initial.y;
         if (j == KEYS - 1) {
           scores[j][0] = scores[j][1] = HIDDEN;
         } else {
-          const float2 first = *reinterpret_cast<const float2*>(line + j * Table::LINE + from);
+          const float2 first = *reinterpret_cast<const float2*>(line + j * Table::COLUMN_STEP + from);
           scores[j][0] = first.x, scores[j][1] = first.y;
         }
         FASTNA_UNROLL

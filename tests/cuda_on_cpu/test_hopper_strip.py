@@ -100,6 +100,17 @@ def test_dtypes_and_packed_qkv(emulator: EmulatorRuntime, dtype: torch.dtype, rp
     assert_forward(problem, make_operands(problem, packed=True))
 
 
+@pytest.mark.parametrize(
+    ("space", "window", "head_dim"), [((24, 27), (13, 13), 64), ((20, 16), (11, 7), 32), ((12, 30), (9, 13), 32)]
+)
+def test_wide_windows_without_a_bias(
+    emulator: EmulatorRuntime, space: tuple[int, int], window: tuple[int, int], head_dim: int
+) -> None:
+    """Whose columns are all alike: their table is one line."""
+    problem = make_problem(space, window, heads=1, head_dim=head_dim, rpb_dtype=None)
+    assert_forward(problem, make_operands(problem))
+
+
 @pytest.mark.parametrize("width", [14, 30])  # one strip; two
 def test_wide_heads(emulator: EmulatorRuntime, width: int) -> None:
     problem = make_problem((12, width), (7, 7), head_dim=64)

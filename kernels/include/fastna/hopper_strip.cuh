@@ -102,16 +102,18 @@ FASTNA_DEVICE int window_begin(int position, int length) {
 // shift of a window along rows (-ABOVE .. ABOVE, by borders): what lies outside the window is HIDDEN, and so is all of a first line.
 // WHOLE: the two row blocks are rows 0 to 15 of the map, for both steps; step s takes entries ABOVE - 8 s further.
 // ALIGNED: row blocks begin with rows 8 i of the map, and step s sees blocks s - 1, s and s + 1: i - 7 - 8 = dr, 8 entries further for each.
-template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool WHOLE = false, bool ALIGNED = false>
+// ALIKE: without a bias all columns of a window are, and one line serves them.
+template <int WINDOW_ROWS, int WINDOW_COLUMNS, bool WHOLE, bool ALIGNED, bool ALIKE>
 struct StripTable {
   static constexpr int ABOVE = WINDOW_ROWS / 2, FIRST = ALIGNED ? TILE_SIDE : ABOVE;
   static constexpr int BEFORE = WHOLE ? TILE_SIDE - ABOVE : 0;  // entries, that only the second step takes
   static constexpr int ENTRIES = 3 * TILE_SIDE - 2 + (WHOLE || ALIGNED ? TILE_SIDE : 0), LINE = ENTRIES * 8;
-  static constexpr int LINES = 2 * WINDOW_COLUMNS - 1;
+  static constexpr int COLUMN_STEP = ALIKE ? 0 : LINE;  // bytes from a column of keys to the next
+  static constexpr int LINES = ALIKE ? 1 : 2 * WINDOW_COLUMNS - 1;
   static constexpr int SHIFT = (1 + LINES) * LINE;  // bytes from a shift to the next
   static constexpr int BYTES = WINDOW_ROWS * SHIFT;
 
-  static FASTNA_DEVICE int line_offset(int dc) { return (dc + WINDOW_COLUMNS) * LINE; }
+  static FASTNA_DEVICE int line_offset(int dc) { return ALIKE ? LINE : (dc + WINDOW_COLUMNS) * LINE; }
   // A lane's entries for its query in step `step` of a map of `rows` rows; beyond the map those of the last row.
   static FASTNA_DEVICE int lane_offset(int lane, int step, int rows) {
     const int row = minimum(step * TILE_SIDE + lane / 4, rows - 1), shift = window_begin<WINDOW_ROWS>(row, rows) - (row - ABOVE);
@@ -130,7 +132,7 @@ struct StripTable {
       for (int k = 0; k < 2; ++k) {
         if constexpr (HAS_RPB) {
           const int dr = first + k;
-          if (line >= 0 && dr > -WINDOW_ROWS && dr < WINDOW_ROWS) value[k] = to_float(load_readonly(rpb + (dr + WINDOW_ROWS - 1) * LINES + line)) * factor;
+          if (line >= 0 && dr > -WINDOW_ROWS && dr < WINDOW_ROWS) value[k] = to_float(load_readonly(rpb + (dr + WINDOW_ROWS - 1) * (2 * WINDOW_COLUMNS - 1) + line)) * factor;
         }
       }
       FASTNA_UNROLL
