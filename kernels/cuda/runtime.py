@@ -33,6 +33,7 @@ from kernels.problem import Problem
 
 MAX_GRID = 2**31 - 1
 STATIC_SHARED_LIMIT = 48 << 10  # above, the driver wants to be asked per function
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class CudaKernel:
                 self._raw = cupy.RawModule(path=path).get_function(source.entry_point)
                 self._function: int = self._raw.kernel.ptr
                 self._attributes = Attributes(self._raw.num_regs, self._raw.local_size_bytes)
+                self._context: int = driver.ctxGetCurrent()
             except driver.CUDADriverError as error:
                 raise KernelError(f"{source.name} does not load on {device}: {error}") from error
         self._shared_allowed = STATIC_SHARED_LIMIT
@@ -118,22 +120,30 @@ class CudaKernel:
         # live until the driver has copied the parameters, which it does before it returns.
         pointer = ctypes.c_char_p(arguments)
         parameters = ctypes.addressof(pointer)
-        threads = self.source.threads
         try:
             if torch._C._cuda_getDevice() == index:
-                self._driver.launchKernel(
-                    self._function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0
-                )
+                self._start(grid, shared_bytes, stream, parameters)
             else:
                 with torch.cuda.device(index):
-                    self._driver.launchKernel(
-                        self._function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0
-                    )
+                    self._start(grid, shared_bytes, stream, parameters)
         except (self._driver.CUDADriverError, OverflowError) as error:
+            threads = self.source.threads
             raise LaunchError(
                 f"{self.source.name} on {self.device}: {error}; grid {grid} (at most {MAX_GRID}), {threads} threads, "
                 f"{shared_bytes} bytes of shared memory, {self._attributes.registers} registers, stream {stream:#x}"
             ) from error
+
+    def _start(self, grid: int, shared_bytes: int, stream: int, parameters: int) -> None:
+        described = self._function, grid, 1, 1, self.source.threads, 1, 1, shared_bytes, stream, parameters, 0
+        try:
+            self._driver.launchKernel(*described)
+        except self._driver.CUDADriverError as error:
+            if error.status != INVALID_CONTEXT:
+                raise
+            # A new thread, as autograd has them, that has not touched the device: the CUDA runtime makes the context
+            # current with a thread's first call, but PyTorch hands out cached memory without one.
+            self._driver.ctxSetCurrent(self._context)
+            self._driver.launchKernel(*described)
 
     def _allow_shared(self, shared_bytes: int) -> None:
         limit = cuda_properties(self.device).shared_memory

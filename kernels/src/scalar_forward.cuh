@@ -187,6 +187,7 @@ struct ScalarForward {
         FASTNA_UNROLL
         for (int c = 0; c < COLUMNS; ++c) {
           float key[HELD * CHUNK], products[QUERIES];
+          if (c == COLUMNS / 2) sync_warp();  // loads of half a row at once are enough, and a whole row's want more registers than there are
           load(key, key_row + column);
           column += c < to_last ? key_step : 0;
           FASTNA_UNROLL

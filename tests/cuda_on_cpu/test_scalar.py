@@ -140,6 +140,7 @@ def test_what_is_served():
     refused = [
         (make_problem(Axis(56, 7), Axis(56, 7), dtype=torch.bfloat16), "sequences"),
         (make_problem(Axis(256, 11), dtype=torch.bfloat16), "at most 9 keys"),
+        (make_problem(Axis(256, 5), dtype=torch.bfloat16, head_dim=16), "head dims from 24"),
         (make_problem(Axis(56, 15), Axis(56, 15)), "windows up to 13"),
         (make_problem(Axis(56, 7), Axis(56, 7), head_dim=128), "head dims up to 64"),
         (make_problem(Axis(56, 7), head_dim=30), "by 16 bytes"),
@@ -149,3 +150,9 @@ def test_what_is_served():
     ]
     for problem, reason in refused:
         assert reason in scalar.why_not(problem)
+
+
+def test_tf32_where_it_is_allowed(monkeypatch):
+    problem = make_problem(Axis(9, 3), Axis(9, 3))
+    monkeypatch.setattr(scalar, "allows_tf32", lambda: True)
+    assert "TF32" in scalar.why_not_operands(problem, make_operands(problem))

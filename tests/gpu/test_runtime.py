@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_launches_go_to_the_current_stream(cuda):
         out = run_probe("vector_probe", torch.empty_like(before), before)
     side.synchronize()
     assert (out == 7).all()
+
+
+def test_a_thread_may_begin_with_a_launch(cuda):
+    """As one of autograd does whose first kernel is ours: nothing has made the device's context current there."""
+    values = torch.arange(128, dtype=torch.int32, device=cuda)
+    out = torch.zeros_like(values)
+    kernel, stream = vector_kernel(cuda), torch.cuda.current_stream(cuda).cuda_stream
+    arguments = PROBE.pack(a=values.data_ptr(), out=out.data_ptr(), count=0)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(kernel.launch, 1, 0, arguments, stream).result()
+    assert torch.equal(out, values)
 
 
 def test_a_stream_can_be_named(cuda):

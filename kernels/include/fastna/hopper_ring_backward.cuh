@@ -266,7 +266,10 @@ struct HopperRing {
       const int base = next.base;
       next.advance(args);
       if (Config::DILATED && next.block == 0 && next.base == 0) map = map_of(next.walk.entry);
-      if (base == 0) barrier_wait(shared.full[at.slot], at.parity);
+      if (base == 0) {
+        barrier_wait(shared.empty[at.slot], at.parity ^ 1);  // as what fills the row block did: its statistics are free then, too
+        barrier_wait(shared.full[at.slot], at.parity);
+      }
       FASTNA_UNROLL
       for (int group = 0; group < GROUPS; ++group) {
         float own_delta = 0.0f;
