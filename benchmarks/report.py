@@ -16,7 +16,7 @@ import pandas as pd
 from benchmarks import plots, summary
 from benchmarks.cases import SAMPLES
 from benchmarks.floors import Ceilings, ceilings_from
-from benchmarks.models import PAPER, label, on_gpu_backends, paper_gain
+from benchmarks.models import CONTEXT, PAPER, label, on_gpu_backends, paper_gain
 from benchmarks.plots import Picture
 
 
@@ -81,11 +81,25 @@ def _kernel_section(suite: str, frame: pd.DataFrame, ceilings: Ceilings | None) 
     return section
 
 
+def _rank_of_model(name: str) -> int:
+    """The paper's models in its order, then the others as they come."""
+    known = (*PAPER, *CONTEXT)
+    return known.index(name) if name in known else len(known)
+
+
+def _rank_of_column(label: str) -> tuple[bool, str, int]:
+    """Columns alike in how models are run side by side, compiled ones last."""
+    method, _, how = label.partition(", ")
+    methods = ("fused", "native", "gemm", "naive", "tiled")
+    return "compile" in how, how, methods.index(method) if method in methods else len(methods)
+
+
 def model_table(frame: pd.DataFrame, mode: str, precision: str) -> pd.DataFrame:
     """images/s by model and backend, the gain of a backend over the one it replaces, and the paper's figures beside."""
     rows = frame[(frame["status"] == "ok") & (frame["mode"] == mode) & (frame["precision"] == precision)]
     rows = rows.assign(method=[label(row) for row in rows.to_dict("records")])
     wide = rows.pivot_table(index="model", columns="method", values="images_per_second", aggfunc="last", sort=False)
+    wide = wide.loc[sorted(wide.index, key=_rank_of_model), sorted(wide.columns, key=_rank_of_column)]
     measured = set(wide.columns)
     for (new, old), how in itertools.product((("fused", "naive"), ("native", "tiled")), ("", ", cuda graph")):
         if {new + how, old + how} <= measured:
