@@ -53,8 +53,8 @@ def _sums_by_product(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 def _multiplies_halves(device: torch.device) -> bool:
-    """Whether products of halves with float32 results are at hand there."""
-    return device.type == "cuda"
+    """Whether products of halves with float32 results are at hand there: on CUDA, and not on what goes by its name."""
+    return device.type == "cuda" and torch.version.cuda is not None
 
 
 def _product_type(x: Tensor) -> torch.dtype:

@@ -33,7 +33,6 @@ from kernels.problem import Problem
 
 MAX_GRID = 2**31 - 1
 STATIC_SHARED_LIMIT = 48 << 10  # above, the driver wants to be asked per function
-INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +119,27 @@ class CudaKernel:
         # live until the driver has copied the parameters, which it does before it returns.
         pointer = ctypes.c_char_p(arguments)
         parameters = ctypes.addressof(pointer)
+        threads = self.source.threads
         try:
             if torch._C._cuda_getDevice() == index:
-                self._start(grid, shared_bytes, stream, parameters)
+                self._driver.launchKernel(
+                    self._function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0
+                )
             else:
                 with torch.cuda.device(index):
-                    self._start(grid, shared_bytes, stream, parameters)
+                    self._driver.launchKernel(
+                        self._function, grid, 1, 1, threads, 1, 1, shared_bytes, stream, parameters, 0
+                    )
         except (self._driver.CUDADriverError, OverflowError) as error:
-            threads = self.source.threads
+            if "CUDA_ERROR_INVALID_CONTEXT" in str(error) and self._driver.ctxGetCurrent() != self._context:
+                # A thread that has not touched the device, as autograd starts them: the CUDA runtime makes the context
+                # current with a thread's first call, but PyTorch hands out cached memory without one.
+                self._driver.ctxSetCurrent(self._context)
+                return self.launch(grid, shared_bytes, arguments, stream)
             raise LaunchError(
                 f"{self.source.name} on {self.device}: {error}; grid {grid} (at most {MAX_GRID}), {threads} threads, "
                 f"{shared_bytes} bytes of shared memory, {self._attributes.registers} registers, stream {stream:#x}"
             ) from error
-
-    def _start(self, grid: int, shared_bytes: int, stream: int, parameters: int) -> None:
-        described = self._function, grid, 1, 1, self.source.threads, 1, 1, shared_bytes, stream, parameters, 0
-        try:
-            self._driver.launchKernel(*described)
-        except self._driver.CUDADriverError as error:
-            if error.status != INVALID_CONTEXT:
-                raise
-            # A new thread, as autograd has them, that has not touched the device: the CUDA runtime makes the context
-            # current with a thread's first call, but PyTorch hands out cached memory without one.
-            self._driver.ctxSetCurrent(self._context)
-            self._driver.launchKernel(*described)
 
     def _allow_shared(self, shared_bytes: int) -> None:
         limit = cuda_properties(self.device).shared_memory

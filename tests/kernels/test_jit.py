@@ -14,7 +14,7 @@ import torch
 from kernels.build_cache import cache_directory
 from kernels.cuda import jit, runtime
 from kernels.cuda.jit import KernelSource, instantiate
-from kernels.errors import CompilationError, KernelError, MissingComponentError, UnsupportedDeviceError
+from kernels.errors import CompilationError, KernelError, LaunchError, MissingComponentError, UnsupportedDeviceError
 from kernels.problem import Axis, Problem
 
 HEADER = """
@@ -190,3 +190,43 @@ def test_headers_are_found_through_headers():
     headers = jit.collect_headers('#include "fastna/window.cuh"\n', jit.INCLUDE_ROOTS)
     assert {"fastna/window.cuh", "fastna/arguments.cuh", "fastna/types.cuh"} <= set(headers)
     assert headers["fastna/types.cuh"] == Path(jit.KERNELS / "include/fastna/types.cuh").read_text()
+
+
+class Driver:
+    """Launches only in context 77, and in none where it `refuses`."""
+
+    class CUDADriverError(RuntimeError):
+        pass
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+        self.current = self.launches = 0
+
+    def launchKernel(self, *arguments: int) -> None:
+        if self.refuses or self.current != 77:
+            raise self.CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
+        self.launches += 1
+
+    def ctxGetCurrent(self) -> int:
+        return self.current
+
+    def ctxSetCurrent(self, context: int) -> None:
+        self.current = context
+
+
+def launched_by(driver: Driver) -> None:
+    kernel = object.__new__(runtime.CudaKernel)
+    kernel.source, kernel.device, kernel._driver = SOURCE, torch.device("cuda", 0), driver
+    kernel._function, kernel._context, kernel._shared_allowed = 1, 77, 0
+    kernel._attributes = runtime.Attributes(registers=32, local_bytes=0)
+    kernel.launch(1, 0, b"", stream=0)
+
+
+def test_a_thread_without_a_context_gets_the_kernels(monkeypatch):
+    """As a thread of autograd that begins with a launch."""
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
+    driver = Driver(refuses=False)
+    launched_by(driver)
+    assert (driver.launches, driver.current) == (1, 77)
+    with pytest.raises(LaunchError, match="INVALID_CONTEXT"):
+        launched_by(Driver(refuses=True))
