@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kernels.functional import neighborhood_attention
 from kernels.linear import Linear
+from kernels.packing import unbind
 from kernels.validation import BoolPerAxis, IntPerAxis, bools_per_axis, ints_per_axis
 
 
@@ -82,7 +83,7 @@ class _NeighborhoodAttention(nn.Module):
                 f"x has shape {tuple(x.shape)}; {type(self).__name__} takes [batch, *space, dim], channels last, with "
                 f"a space of {self.rank} axes and dim={self.dim}"
             )
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        query, key, value = unbind(self.qkv(x).unflatten(-1, (3, self.num_heads, -1)))
         kernel_size, dilation, rpb = self.fit(x.shape[1:-1])
         x = neighborhood_attention(
             query,

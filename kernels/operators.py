@@ -17,6 +17,7 @@ from kernels import calls, direct
 from kernels.backend import Gradients, Operands, bind_backward, bind_forward
 from kernels.determinism import is_deterministic
 from kernels.dispatch import choose
+from kernels.packing import are_slices
 from kernels.validation import check, describe
 
 _Key = torch._C.DispatchKey
@@ -83,10 +84,19 @@ def _gradients(*inputs: Any) -> tuple[Tensor | None, ...]:
     found = direct.find(kind, given, present)
     if found is None:
         result = backward(*inputs)
-        direct.keep(kind, given, present, lambda: calls.find(_backward_kind(*inputs)))
+        direct.keep(kind, given, present, lambda: _packing(calls.find(_backward_kind(*inputs)), *tensors[:3]))
         return result
     (bound,) = found
     return bound(*tensors).tensors
+
+
+def _packing(bound: calls.Bound | None, query: Tensor, key: Tensor, value: Tensor) -> calls.Bound | None:
+    """`bound`, or what it offers for slices of one tensor: then their gradients are so too (kernels/packing.py).
+
+    For calls past the dispatcher alone: an operator's results may not share memory.
+    """
+    offer = getattr(bound, "packed", None)
+    return offer() if offer is not None and are_slices(query, key, value) else bound
 
 
 def _readable(tensor: Tensor) -> Tensor:

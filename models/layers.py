@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from kernels import na2d
 from kernels.layer_norm import LayerNorm
 from kernels.linear import Linear
+from kernels.packing import unbind
 
 HEAD_DIM = 32
 """Every published model has heads of 32 channels, whatever its width."""
@@ -123,8 +124,7 @@ class NeighborhoodAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[batch, height, width, heads, head_dim]`: views of one product, not copies."""
-        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, -1]).unbind(-3)
-        return query, key, value
+        return unbind(self.qkv(x).unflatten(-1, [3, self.num_heads, -1]))
 
     def forward(self, x: Tensor) -> Tensor:
         window, dilation = self.window_for(x.shape[1], x.shape[2])

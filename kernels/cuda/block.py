@@ -7,7 +7,7 @@ Where window x dilation = length on every axis there is nothing to slide and not
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,7 @@ BLOCK_BACKWARD = Struct(
     geometry=GEOMETRY,
     items=INT,
     slices=INT,
+    spread=INT,
 )
 _set_backward = BLOCK_BACKWARD.pointers()
 
@@ -145,9 +146,13 @@ def bind_backward(
     """Of problems and tensors that `why_not` and `why_not_gradient` accept; the same bits every time."""
     read = (operands.query, operands.key, operands.value, grad_output)
     strides = tuple(tensor.stride() for tensor in read)
-    plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad)
-    launch = Launch(plan.source, plan.grid, plan.shared_bytes, packed, _set_backward).bind(problem.device)
-    return bound.backward(problem, launch, plan.slices if needs_rpb_grad else 0)
+
+    def launch_of(spread: int) -> Callable[..., None]:
+        plan, packed = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad, spread)
+        return Launch(plan.source, plan.grid, plan.shared_bytes, packed, _set_backward).bind(problem.device)
+
+    plan, _ = _prepared_backward(problem, strides, grad_lse is not None, needs_rpb_grad, 1)
+    return bound.backward(problem, launch_of(1), plan.slices if needs_rpb_grad else 0, lambda: launch_of(3))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -174,7 +179,7 @@ def _prepared_forward(
 
 @functools.lru_cache(maxsize=1024)
 def _prepared_backward(
-    problem: Problem, strides: tuple[tuple[int, ...], ...], has_grad_lse: bool, needs_rpb_grad: bool
+    problem: Problem, strides: tuple[tuple[int, ...], ...], has_grad_lse: bool, needs_rpb_grad: bool, spread: int
 ) -> tuple[Plan, bytes]:
     properties = runtime.properties(problem.device)
     plan = plan_backward(
@@ -196,6 +201,7 @@ def _prepared_backward(
         geometry=pack_geometry(problem),
         items=plan.items,
         slices=plan.slices,
+        spread=spread,
     )
     return plan, packed
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.backend import BoundBackward, BoundForward, Gradients
 from kernels.cuda import runtime
-from kernels.cuda.arguments import Pointers, address, aligned
+from kernels.cuda.arguments import MAP_LIMIT, Pointers, address, aligned
 from kernels.cuda.jit import KernelSource
 from kernels.problem import Problem
 
@@ -100,14 +101,47 @@ def forward(problem: Problem, launch: Callable[..., None]) -> BoundForward:
     return call
 
 
-def backward(problem: Problem, launch: Callable[..., None], rpb_parts: int) -> BoundBackward:
+class Backward:
+    """A bound backward pass, which may also leave its gradients as `packed` ones."""
+
+    __slots__ = ("_call", "packed")
+
+    def __init__(self, call: BoundBackward, packed: Callable[[], BoundBackward] | None) -> None:
+        self._call = call
+        self.packed = packed
+        """The same pass with the gradients of query, key and value as the slices `[batch, *space, 3, heads, head_dim]`
+        of one tensor, in that order, if there is one."""
+
+    def __call__(self, *tensors: Any) -> Gradients:
+        return self._call(*tensors)
+
+
+def backward(
+    problem: Problem,
+    launch: Callable[..., None],
+    rpb_parts: int,
+    packing_launch: Callable[[], Callable[..., None]] | None = None,
+) -> Backward:
     """A backward pass of one launch, for problems without additional keys.
 
-    `launch` takes the addresses of query, key, value, output (contiguous, aligned), grad_output, the gradients of the
-    first three, lse, grad_lse, rpb, and what it writes the gradient of rpb to: `[rpb_parts, *rpb_shape]` in float32, to
-    be added up; none where `rpb_parts` is 0.
+    Args:
+        launch: takes the addresses of query, key, value, output (contiguous, aligned), grad_output, the gradients of
+            the first three, lse, grad_lse, rpb, and what it writes the gradient of rpb to: `[rpb_parts, *rpb_shape]` in
+            float32, to be added up; none where `rpb_parts` is 0.
+        packing_launch: makes one that writes gradients whose tokens are three times as far apart, if there is one.
     """
+    elements = 3 * problem.batch * problem.tokens * problem.heads * problem.head_dim
+    if packing_launch is None or elements >= MAP_LIMIT:
+        return Backward(_backward(problem, launch, rpb_parts, False), None)
+    return Backward(
+        _backward(problem, launch, rpb_parts, False), lambda: _backward(problem, packing_launch(), rpb_parts, True)
+    )
+
+
+def _backward(problem: Problem, launch: Callable[..., None], rpb_parts: int, packs: bool) -> BoundBackward:
     new_query_gradient, new_key_gradient, new_value_gradient = new_gradients(problem)
+    tokens = (problem.batch, *problem.space)
+    new_packed = new((*tokens, 3, problem.heads, problem.head_dim), problem.dtype, problem.device)
     new_parts = new((rpb_parts, *problem.rpb_shape), torch.float32, problem.device)
 
     def call(
@@ -125,9 +159,14 @@ def backward(problem: Problem, launch: Callable[..., None], rpb_parts: int) -> B
         output, lse = aligned(output.contiguous()), lse.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         rpb = None if rpb is None else rpb.contiguous()
-        gradients = new_query_gradient(), new_key_gradient(), new_value_gradient()
+        if packs:
+            grad_query, grad_key, grad_value = new_packed().unbind(-3)
+        else:
+            grad_query, grad_key, grad_value = new_query_gradient(), new_key_gradient(), new_value_gradient()
         parts = new_parts() if rpb_parts else None
+        gradients = grad_query, grad_key, grad_value
         launch(*map(address, (query, key, value, output, grad_output, *gradients, lse, grad_lse, rpb, parts)))
-        return Gradients(*gradients, rpb=None if parts is None else parts.sum(0).to(problem.rpb_dtype))
+        grad_rpb = None if parts is None else parts.sum(0).to(problem.rpb_dtype)
+        return Gradients(grad_query, grad_key, grad_value, grad_rpb)
 
     return call

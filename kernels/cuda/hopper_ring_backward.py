@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +49,7 @@ HOPPER_RING_BACKWARD = Struct(
     turn=INT,
     carry=INT,
     lift=INT,
+    spread=INT,
     scale_log2=FLOAT,
 )
 _set_pointers = HOPPER_RING_BACKWARD.pointers()
@@ -116,23 +117,28 @@ def bind_backward(
     assert lift is not None, "why_not accepts the problem"
     walks = _walks(maps, strip, device)
     uneven = walks.blocks % walks.strips
-    packed = HOPPER_RING_BACKWARD.pack(
-        geometry=pack_geometry(maps),
-        walks=walks.pack(_steps(maps.space[0], lift)),
-        turn=uneven or 1,
-        carry=min(uneven, 1),
-        lift=lift,
-        scale_log2=problem.scale * math.log2(math.e),
-    )
     source, used = source_of(maps, strip, needs_rpb_grad), shared_bytes(maps, strip, needs_rpb_grad)
-    start = Launch(source, walks.grid, used, packed, _set_pointers).bind(problem.device)
     tensors = (operands.query, operands.key, operands.value, grad_output)
     query, key, value, grad = (map_row_blocks(problem, tensor, strip.block_columns) for tensor in tensors)
 
-    def launch(query_at: int, key_at: int, value_at: int, output_at: int, grad_at: int, *addresses: int) -> None:
-        start(query(query_at), key(key_at), value(value_at), grad(grad_at), output_at, *addresses)
+    def launch_of(spread: int) -> Callable[..., None]:
+        packed = HOPPER_RING_BACKWARD.pack(
+            geometry=pack_geometry(maps),
+            walks=walks.pack(_steps(maps.space[0], lift)),
+            turn=uneven or 1,
+            carry=min(uneven, 1),
+            lift=lift,
+            spread=spread,
+            scale_log2=problem.scale * math.log2(math.e),
+        )
+        start = Launch(source, walks.grid, used, packed, _set_pointers).bind(problem.device)
 
-    return bound.backward(problem, launch, walks.blocks if needs_rpb_grad else 0)
+        def launch(query_at: int, key_at: int, value_at: int, output_at: int, grad_at: int, *addresses: int) -> None:
+            start(query(query_at), key(key_at), value(value_at), grad(grad_at), output_at, *addresses)
+
+        return launch
+
+    return bound.backward(problem, launch_of(1), walks.blocks if needs_rpb_grad else 0, lambda: launch_of(3))
 
 
 def _walks(maps: Problem, strip: Strip, device: DeviceProperties) -> Walks:

@@ -109,7 +109,7 @@ class CudaKernel:
 
     def launch(self, grid: int, shared_bytes: int, arguments: bytes, stream: int | None = None) -> None:
         if grid == 0:
-            return
+            return None
         if shared_bytes > self._shared_allowed:
             self._allow_shared(shared_bytes)
         index = self.device.index

@@ -11,13 +11,14 @@ namespace fastna {
 
 struct BlockBackwardArguments {
   TensorArguments query, key, value, output, grad_output;
-  // Contiguous, and so strided alike: output too. lse and grad_lse are contiguous.
+  // Strided as output, which is contiguous, but their tokens `spread` times as far apart. lse and grad_lse are contiguous.
   void *grad_query, *grad_key, *grad_value;
   const float *lse, *grad_lse;
   const void* rpb;
   float* grad_rpb;  // partial sums [slices, heads, BIAS]
   Geometry geometry;
   int items, slices;  // groups x batch; blocks per head
+  int spread;         // 1; 3 where the gradients are slices of one tensor
 };
 
 template <class T_, class Rpb_, int HEAD_DIM_, int WINDOW0_, int WINDOW1_, int WINDOW2_, int STAGES_, bool HAS_RPB_, bool HAS_GRAD_LSE_,
@@ -155,7 +156,7 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
   int to[2];
   FASTNA_UNROLL
   for (int k = 0; k < 2; ++k) {
-    to[k] = Shape::displacement(args.output, geometry, minimum(first_row + g + 8 * k, Shape::TOKENS - 1)) + q * 8;
+    to[k] = Shape::displacement(args.output, geometry, minimum(first_row + g + 8 * k, Shape::TOKENS - 1)) * args.spread + q * 8;
   }
 
   int stage = 0;
@@ -178,7 +179,7 @@ FASTNA_DEVICE void block_backward(const BlockBackwardArguments& args) {
     const u32 query_at = shared_address(tiles), key_at = query_at + TILE_BYTES, value_at = query_at + 2 * TILE_BYTES;
     const u32 grad_at = query_at + 3 * TILE_BYTES, output_at = query_at + 4 * TILE_BYTES;
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    const u64 to_item = static_cast<u64>(output_chunk[0]) * 8;
+    const u64 to_item = (static_cast<u64>(output_chunk[0]) * 8 - head * HEAD_DIM) * args.spread + head * HEAD_DIM;
     advance();
 
     {  // 16 queries

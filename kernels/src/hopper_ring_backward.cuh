@@ -332,10 +332,11 @@ struct HopperRingBackward : HopperRing<Config> {
     Products::store(dv, 1.0f, static_cast<T*>(args.grad_value), to);
   }
 
+  // Of gradients: `spread` times as far apart as tokens of an output.
   FASTNA_DEVICE StripTargets targets(int step, int map, int upper, int lower) const {
     const int lane = lane_index(), row = step * TILE_SIDE - args.lift + (lane >> 2), in_token = (lane & 1) * 8 + (lane & 2) * 2;
     const bool exists = static_cast<u32>(row) < static_cast<u32>(rows());
-    const u32 first = token_index(map, row, 0), next = column_step();
+    const u32 first = (token_index(map, row, 0) - head) * args.spread + head, next = column_step() * args.spread;
     return {{static_cast<i64>(first + upper * next) * D + in_token, static_cast<i64>(first + lower * next) * D + in_token},
             {exists && upper < columns(), exists && lower < columns()}};
   }

@@ -16,7 +16,7 @@ namespace fastna {
 struct HopperRingBackwardArguments {
   TensorMap query, key, value, grad_output;  // boxes of 8 rows, column by column
   const void* output;                        // this and all below contiguous
-  void *grad_query, *grad_key, *grad_value;
+  void *grad_query, *grad_key, *grad_value;  // whose tokens are `spread` times as far apart
   const float *lse, *grad_lse;  // the second may be null
   const void* rpb;
   float* grad_rpb;  // [blocks of a head, heads, 2 k_rows - 1, 2 k_columns - 1]: a part per block
@@ -24,6 +24,7 @@ struct HopperRingBackwardArguments {
   StripWalks walks;
   int turn, carry;  // from a block's walk to its next: strips, and entries more where these begin anew
   int lift;
+  int spread;  // 1; 3 where the gradients are slices of one tensor
   float scale_log2;  // scale * log2(e)
 };
 
