@@ -136,7 +136,7 @@ def test_row_blocks_fit(head_dim: int, length: int) -> None:
 
 
 MUTATIONS: dict[str, list[tuple[str, str]]] = {
-    "grad_output not waited for": [("        barrier_wait(shared.full[at.slot], at.parity);\n      }\n", "      }\n")],
+    "grad_output not waited for": [("barrier_wait(shared.full[at.slot], at.parity);       // grad", "// grad")],
     "statistics not waited for": [("    barrier_wait(shared.ready[at.slot], at.parity);\n", "")],
     "slots filled before they are free": [("        barrier_wait(shared.empty[at.slot], at.parity ^ 1);\n", "")],
     "a ring that does not go round": [("      if (j == wrap) right.at -= Config::TENSOR_BYTES;\n", "")],

@@ -269,7 +269,7 @@ struct HopperRing {
       if (Config::DILATED && next.block == 0 && next.base == 0) map = map_of(next.walk.entry);
       if (base == 0) {
         barrier_wait(shared.empty[at.slot], at.parity ^ 1);  // as what fills the row block did: its statistics are free then, too
-        barrier_wait(shared.full[at.slot], at.parity);
+        barrier_wait(shared.full[at.slot], at.parity);       // grad_output has come
       }
       FASTNA_UNROLL
       for (int group = 0; group < GROUPS; ++group) {
